@@ -1,0 +1,295 @@
+"""The whole configuration of a run: one tree of frozen, validated models.
+
+Every key has a type, a default and a description, which `--help`, the error lines and the sweeps read from here.
+`config_source.py` fills the tree from presets, YAML files and dotted overrides. Progress is counted in images.
+"""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+NetworkName = Literal["encoder", "decoder", "discriminator"]
+NETWORK_NAMES: tuple[NetworkName, ...] = ("encoder", "decoder", "discriminator")
+MAX_STREAMS = 64
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A node of the tree: immutable, and a key it does not know is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+class PhaseSettingsError(ValueError):
+    """A phase's `settings` do not fit the objective: keeps the phase's name for the error line."""
+
+    def __init__(self, phase: str, error: ValidationError) -> None:
+        super().__init__(f"phases.{phase}.settings: {error}")
+        self.phase, self.error = phase, error
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class RunSection(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
+    """name of the run; the same name continues the same run"""
+    storage: str = "runs"
+    """folder that holds the runs; on several nodes it must be one that all of them share"""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """seed of everything random: weights, order, noise"""
+
+
+class DataSection(Section):
+    path: str = "data/digits"
+    """prepared data set: a folder that holds train/dataset.json (or dataset.json itself)"""
+    streams: Positive | None = None
+    """streams of the epoch's order; every worker count that divides it sees the same batches
+    (default: the largest divisor of batch_size up to 64)"""
+    block_shards: Positive = 4
+    """shards' worth of samples that are shuffled together inside a stream"""
+    loader_workers: Count = 0
+    """reader processes per training worker; 0 reads in a thread beside the training loop"""
+    prefetch: Positive = 4
+    """batches read ahead per reader"""
+    in_memory: bool | None = None
+    """keep the decoded pictures in memory (default: when they take less than 512 MiB)"""
+    max_bad_samples: Count = 0
+    """broken samples that may be replaced (each is named and counted) before the run fails"""
+
+
+class TrainingSection(Section):
+    batch_size: Positive = 128
+    """images per optimiser step over all workers together"""
+    gradient_accumulation_steps: Positive = 1
+    """micro-batches per optimiser step on each worker"""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 runs networks under autocast; losses, norms and optimisers stay float32"""
+    channels_last: bool = True
+    """memory format of pictures and convolution weights"""
+    compile: bool = False
+    """compile the step with torch.compile"""
+    torch_threads: Count = 0
+    """threads for tensor operations per worker (0: the CPUs of the worker)"""
+    max_skipped_steps: Count = 3
+    """consecutive steps with a non-finite loss or gradient that are skipped before the run fails"""
+
+
+class ReportingSection(Section):
+    log_images: Positive = 10_000
+    """images between two log records (progress line, history.jsonl)"""
+    sample_images: Positive = 100_000
+    """images between two sets of pictures (samples, reconstructions)"""
+    samples: Annotated[int, Field(gt=0, le=1024)] = 64
+    """pictures in a sample grid"""
+    tensorboard: bool = True
+    """write TensorBoard event files beside the history"""
+
+
+class CheckpointSection(Section):
+    images: Positive = 100_000
+    """images between two checkpoints"""
+    keep_last: Positive = 2
+    """newest checkpoints kept; the last of each phase is kept as well"""
+
+
+class ClusterSection(Section):
+    workers: Positive = 1
+    """training workers (DDP ranks)"""
+    cpus_per_worker: Rate = 1.0
+    """CPUs that Ray reserves for a worker"""
+    gpus_per_worker: Weight = 0.0
+    """GPUs that Ray reserves for a worker; 0 trains on the CPU"""
+    max_failures: Count = 3
+    """worker failures after which the run is given up"""
+    start_timeout_seconds: Positive = 600
+    """time to wait for the workers' resources before the run fails"""
+    collective_timeout_seconds: Positive = 600
+    """time after which a collective that one rank never joined fails"""
+
+
+class MlpModel(Section):
+    network: Literal["mlp"] = "mlp"
+    """fully connected networks, for pictures of any size"""
+    latent_dim: Positive = 20
+    """dimensions of z"""
+    hidden: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128,)
+    """widths of the encoder's hidden layers; the decoder mirrors them"""
+    discriminator_hidden: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128,)
+    """widths of the discriminator's hidden layers"""
+
+
+class ConvModel(Section):
+    network: Literal["conv"] = "conv"
+    """convolutional networks; each stage halves the resolution"""
+    latent_dim: Positive = 32
+    """dimensions of z"""
+    channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
+    """channels of the encoder's stages; the decoder mirrors them"""
+    discriminator_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
+    """channels of the discriminator's stages"""
+    hidden: Positive = 256
+    """width of the fully connected layer between convolutions and z"""
+
+
+ModelSection = Annotated[MlpModel | ConvModel, Field(discriminator="network")]
+
+
+class ObjectiveSection(Section):
+    beta: Weight = 1.0
+    """weight of the KL divergence"""
+
+
+ObjectiveName = Literal["vae", "gan", "vaegan"]
+
+
+class Phase(Section):
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,39}$")]
+    """name of the phase in logs, history and checkpoints"""
+    objective: ObjectiveName
+    """what the phase minimises"""
+    images: Positive
+    """budget: images that the phase trains on"""
+    train: Annotated[tuple[NetworkName, ...], Field(min_length=1)] | None = None
+    """networks that learn (default: all that the objective trains); the others are frozen"""
+    settings: dict[str, Any] = {}
+    """keys of `objective` that differ in this phase"""
+    learning_rate_scale: Rate = 1.0
+    """factor on every learning rate in this phase"""
+
+
+class OptimizerSection(Section):
+    learning_rate: Rate = 1e-3
+    """Adam's learning rate for every network that has none of its own"""
+    encoder_learning_rate: Rate | None = None
+    """learning rate of the encoder (default: learning_rate)"""
+    decoder_learning_rate: Rate | None = None
+    """learning rate of the decoder (default: learning_rate)"""
+    discriminator_learning_rate: Rate | None = None
+    """learning rate of the discriminator (default: learning_rate)"""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment"""
+    eps: Rate = 1e-8
+    """Adam's epsilon"""
+    weight_decay: Weight = 0.0
+    """decoupled weight decay (AdamW)"""
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
+    """shape of the learning rate over a phase, after the warm-up"""
+    lr_decay_start: Fraction = 0.0
+    """part of the phase that passes before the rate begins to fall"""
+    lr_warmup_images: Count = 0
+    """images over which the rate rises from zero at the start of a phase"""
+    max_grad_norm: Weight = 0.0
+    """largest gradient norm per network; 0 does not clip"""
+
+    def rate_of(self, network: NetworkName) -> float:
+        """Learning rate of a network."""
+        own: float | None = getattr(self, f"{network}_learning_rate")
+        return self.learning_rate if own is None else own
+
+
+class EmaSection(Section):
+    half_life_images: Count = 40_000
+    """images after which an old weight counts half in the average; 0 keeps no average"""
+    ramp_up: Weight = 0.05
+    """the half-life is at most this share of the images seen (0: no ramp-up)"""
+
+
+class Config(Section):
+    """The tree itself. `preset` is where it started from and is informative only."""
+
+    preset: str | None = None
+    """preset that the configuration started from"""
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = MlpModel()
+    objective: ObjectiveSection = ObjectiveSection()
+    phases: Annotated[tuple[Phase, ...], Field(min_length=1)] = (Phase(name="vae", objective="vae", images=100_000),)
+    optimizer: OptimizerSection = OptimizerSection()
+    ema: EmaSection = EmaSection()
+    training: TrainingSection = TrainingSection()
+    reporting: ReportingSection = ReportingSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = ClusterSection()
+
+    @property
+    def total_images(self) -> int:
+        """Budget of the whole run: each phase is rounded up to whole batches."""
+        return sum(self.phase_images(phase) for phase in self.phases)
+
+    def phase_images(self, phase: Phase) -> int:
+        """Images that a phase really trains on: its budget rounded up to whole batches."""
+        return -(-phase.images // self.training.batch_size) * self.training.batch_size
+
+    @property
+    def streams(self) -> int:
+        """Streams of the order: as set, or the largest divisor of the global batch up to 64."""
+        if self.data.streams is not None:
+            return self.data.streams
+        batch = self.training.batch_size
+        return max(s for s in range(1, min(batch, MAX_STREAMS) + 1) if batch % s == 0)
+
+    def objective_of(self, phase: Phase) -> ObjectiveSection:
+        """Objective settings of a phase: the tree's, with the phase's own keys on top."""
+        return merge_section(self.objective, phase.settings)
+
+    @field_validator("phases")
+    @classmethod
+    def _unique_phase_names(cls, phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+        names = [phase.name for phase in phases]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two phases share a name in {names}; give each its own")
+        return phases
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Config":
+        batch, streams, workers = self.training.batch_size, self.streams, self.cluster.workers
+        accumulation = self.training.gradient_accumulation_steps
+        if batch % streams:
+            raise ValueError(
+                f"data.streams={streams} does not divide training.batch_size={batch}; choose a divisor of {batch}"
+            )
+        if workers > streams:
+            raise ValueError(
+                f"cluster.workers={workers} is more than the {streams} streams; set data.streams to a multiple of "
+                f"{workers} that divides training.batch_size={batch}, or use fewer workers"
+            )
+        if streams % workers:
+            raise ValueError(
+                f"cluster.workers={workers} does not divide the {streams} streams; set cluster.workers to a divisor "
+                f"of {streams}, or data.streams to a multiple of {workers}"
+            )
+        if (batch // workers) % accumulation:
+            raise ValueError(
+                f"training.gradient_accumulation_steps={accumulation} does not divide the {batch // workers} images "
+                f"per worker; choose a divisor"
+            )
+        for phase in self.phases:
+            try:
+                self.objective_of(phase)
+            except ValidationError as error:
+                raise PhaseSettingsError(phase.name, error) from None
+        return self
+
+
+def merge_tree(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` laid over `tree`: dictionaries merge, everything else replaces."""
+    merged = dict(tree)
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = merge_tree(merged[key], value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def merge_section(section: SectionT, changes: dict[str, Any]) -> SectionT:
+    """A section with some keys changed, validated anew."""
+    if not changes:
+        return section
+    return type(section).model_validate(merge_tree(section.model_dump(), changes))
