@@ -122,19 +122,37 @@ class MlpModel(Section):
     """widths of the encoder's hidden layers; the decoder mirrors them"""
     discriminator_hidden: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128,)
     """widths of the discriminator's hidden layers"""
+    minibatch_std: Count = 0
+    """images per group whose standard deviation the discriminator sees as one more feature; 0: none
+    (default 0; Karras et al. 2018, arXiv 1710.10196, use 4)"""
 
 
 class ConvModel(Section):
     network: Literal["conv"] = "conv"
-    """convolutional networks; each stage halves the resolution"""
+    """convolutional networks after Larsen et al. 2016 (arXiv 1512.09300, table 1); each stage halves the resolution"""
     latent_dim: Positive = 32
     """dimensions of z"""
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
     """channels of the encoder's stages; the decoder mirrors them"""
+    decoder_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
+    """channels after each of the decoder's stages (default: mirrors `channels`, the last stage with half of the first)"""
+    hidden: Positive = 256
+    """width of the encoder's fully connected layer between convolutions and z"""
+    discriminator_stem: Count = 0
+    """channels of a convolution at full resolution that the discriminator begins with; 0: none (Larsen: 32)"""
     discriminator_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
     """channels of the discriminator's stages"""
-    hidden: Positive = 256
-    """width of the fully connected layer between convolutions and z"""
+    discriminator_hidden: Positive = 256
+    """width of the discriminator's fully connected layer"""
+    kernel_size: Literal[3, 5] = 5
+    """size of every convolution's kernel (Larsen: 5)"""
+    norm: Literal["group", "none"] = "group"
+    """normalisation in encoder and decoder; batch norm would couple images and is not offered"""
+    discriminator_norm: Literal["group", "none"] = "none"
+    """normalisation in the discriminator (default none: R1 restrains it, Mescheder et al. 2018, arXiv 1801.04406)"""
+    minibatch_std: Count = 0
+    """images per group whose standard deviation the discriminator sees as one more channel; 0: none
+    (default 0; Karras et al. 2018, arXiv 1710.10196, use 4)"""
 
 
 ModelSection = Annotated[MlpModel | ConvModel, Field(discriminator="network")]
@@ -142,7 +160,51 @@ ModelSection = Annotated[MlpModel | ConvModel, Field(discriminator="network")]
 
 class ObjectiveSection(Section):
     beta: Weight = 1.0
-    """weight of the KL divergence"""
+    """weight of the KL divergence (default 1: the evidence bound; Higgins et al. 2017, beta-VAE)"""
+    beta_schedule: Literal["constant", "linear", "cyclical"] = "constant"
+    """linear: beta rises from 0 over beta_warmup_images; cyclical: it does so anew every beta_cycle_images
+    (Fu et al. 2019, arXiv 1903.10145)"""
+    beta_warmup_images: Count = 0
+    """images of the phase over which beta rises from 0"""
+    beta_cycle_images: Positive = 100_000
+    """length of a cycle of the cyclical schedule, in images of the phase"""
+    free_bits: Weight = 0.0
+    """nats per latent dimension and image below which the KL is not pushed (default 0; Kingma et al. 2016,
+    arXiv 1606.04934, there on the batch mean)"""
+    capacity: Weight = 0.0
+    """C of beta * |KL - C| in nats per image; 0 uses the plain KL (Burgess et al. 2018, arXiv 1804.03599)"""
+    capacity_images: Count = 0
+    """images of the phase over which C rises from 0 to `capacity`"""
+    reconstruction: Literal["bernoulli", "l2", "l1", "none"] = "bernoulli"
+    """pixel term, summed over an image: bernoulli (cross-entropy of (x + 1) / 2), l2 (half the squared error), l1"""
+    reconstruction_weight: Weight = 1.0
+    """weight of the pixel term"""
+    similarity: Weight = 0.0
+    """vaegan: weight of Larsen's learned similarity, half the squared distance of discriminator features"""
+    similarity_layer: int = -1
+    """discriminator layer of the similarity, counted over convolutions (mlp: hidden layers); -1: the last"""
+    gamma: Weight = 1.0
+    """vaegan: weight of the reconstruction in the decoder's loss against the adversarial one; the encoder's is 1
+    (Larsen et al. 2016, equation 9)"""
+    adversarial: Literal["minimax", "non_saturating", "hinge", "least_squares", "wasserstein", "relativistic"] = (
+        "non_saturating"
+    )
+    """adversarial loss (default non_saturating: Goodfellow et al. 2014, section 3)"""
+    adversarial_weight: Weight = 1.0
+    """weight of the adversarial loss in the decoder's (and encoder's) loss"""
+    fakes: Literal["prior", "prior+reconstruction"] = "prior"
+    """vaegan: pictures that the discriminator learns to tell from real ones (Larsen's code: prior; the paper: both)"""
+    adversarial_to_encoder: bool = False
+    """vaegan with fakes=prior+reconstruction: the adversarial loss of reconstructions trains the encoder as well"""
+    r1: Weight = 0.0
+    """gamma of the penalty gamma/2 * |dD/dx|^2 on real pictures (Mescheder et al. 2018, arXiv 1801.04406)"""
+    r2: Weight = 0.0
+    """gamma of the same penalty on fake pictures"""
+    penalty_interval: Positive = 1
+    """steps between two evaluations of r1 and r2, which then count this many times
+    (lazy regularisation, Karras et al. 2020, arXiv 1912.04958, there 16)"""
+    gradient_penalty: Weight = 0.0
+    """weight of (|dD/dx| - 1)^2 between real and generated pictures (Gulrajani et al. 2017, arXiv 1704.00028: 10)"""
 
 
 ObjectiveName = Literal["vae", "gan", "vaegan"]

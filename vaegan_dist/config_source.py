@@ -40,13 +40,13 @@ def preset_names() -> list[str]:
 def preset_tree(name: str) -> dict[str, Any]:
     """The keys that a preset sets."""
     if name not in preset_names():
-        raise ConfigError(f"preset '{name}' is unknown{_suggest(name, preset_names())}; presets: {_list(preset_names())}")
+        raise ConfigError(
+            f"preset '{name}' is unknown{_suggest(name, preset_names())}; presets: {_list(preset_names())}"
+        )
     return _parse((PRESETS / f"{name}.yaml").read_text(), f"preset {name}")
 
 
-def load_config(
-    preset: str | None = None, files: Sequence[str | Path] = (), overrides: Iterable[str] = ()
-) -> Config:
+def load_config(preset: str | None = None, files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
     """Resolve a configuration.
 
     Args:
@@ -78,7 +78,9 @@ def validate(tree: dict[str, Any]) -> Config:
         return Config.model_validate(tree)
     except ValidationError as error:
         lines = [line for item in error.errors() if item["type"] != "too_short" for line in _explain(item)]
-        raise ConfigError("; ".join(lines[:3] or [line for item in error.errors() for line in _explain(item)])) from None
+        raise ConfigError(
+            "; ".join(lines[:3] or [line for item in error.errors() for line in _explain(item)])
+        ) from None
 
 
 def dump_yaml(config: Config) -> str:

@@ -1,0 +1,42 @@
+"""The networks: encoder, decoder and discriminator of each kind, built from the `model` section."""
+
+import torch
+from torch import nn
+
+from vaegan_dist.config import MlpModel, ModelSection
+from vaegan_dist.models.conv import ConvDecoder, ConvDiscriminator, ConvEncoder
+from vaegan_dist.models.layers import draw_weights
+from vaegan_dist.models.mlp import MlpDecoder, MlpDiscriminator, MlpEncoder
+from vaegan_dist.models.networks import Decoder, Discriminator, Encoder, ImageShape, Posterior
+from vaegan_dist.seeding import derive_seed
+
+__all__ = ["Decoder", "Discriminator", "Encoder", "ImageShape", "Posterior", "build_networks", "latent_shape"]
+
+
+def build_networks(model: ModelSection, image: ImageShape, *, seed: int) -> nn.ModuleDict:
+    """Encoder, decoder and discriminator in float32 on the CPU.
+
+    Each network's weights are a function of (seed, the network's name) alone.
+
+    Raises:
+        ConfigError: the pictures do not fit the network.
+    """
+    networks: dict[str, nn.Module] = {}
+    with torch.device("meta"):  # torch's own initialisation would draw from the global generator
+        if isinstance(model, MlpModel):
+            networks["encoder"] = MlpEncoder(model, image)
+            networks["decoder"] = MlpDecoder(model, image)
+            networks["discriminator"] = MlpDiscriminator(model, image)
+        else:
+            networks["encoder"] = ConvEncoder(model, image)
+            networks["decoder"] = ConvDecoder(model, image)
+            networks["discriminator"] = ConvDiscriminator(model, image)
+    for name, network in networks.items():
+        network.to_empty(device="cpu")
+        draw_weights(network, torch.Generator().manual_seed(derive_seed(seed, "weights", name)))
+    return nn.ModuleDict(networks)
+
+
+def latent_shape(model: ModelSection, image: ImageShape) -> tuple[int, ...]:
+    """Shape of one z."""
+    return (model.latent_dim,)

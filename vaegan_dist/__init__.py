@@ -1,0 +1,3 @@
+"""Distributed training of VAE-GANs over WebDataset shards."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,228 @@
+"""A map-style Dataset over WebDataset shards: whole batches by sample id, decoded into one uint8 buffer.
+
+A sample's id is its place in the manifest: shards in order, pictures in the order of the archive. A bad sample (a
+picture that cannot be used, a label that is missing) ends the run, or, within `max_bad_samples`, is replaced by the
+next good one of its shard: the same one on every rank, in every epoch, after every restart.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from vaegan_dist.data.decode import Pixels, decode_into
+from vaegan_dist.data.images import PictureError
+from vaegan_dist.data.index import BAD_LABEL, LOST, NO_LABEL, PICTURE_KINDS, RAW
+from vaegan_dist.data.manifest import Manifest, find_manifest, read_manifest
+from vaegan_dist.data.memory import Decoded, load_decoded
+from vaegan_dist.data.shards import Shards
+from vaegan_dist.errors import DataError, InputError
+
+log = logging.getLogger(__name__)
+
+IN_MEMORY_BYTES = 512 * 2**20
+"""Decoded size below which a data set is kept in memory unless `in_memory` says otherwise"""
+
+Ids = Sequence[int] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures with their ids."""
+
+    images: Tensor
+    """uint8 [b, C, H, W], in channels-last memory order"""
+    ids: Tensor
+    """int64 [b]: places in the manifest; a substitute carries the id of what it stands for"""
+    labels: Tensor | None
+    """int64 [b]; None where the data set has no classes"""
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, in the same memory order."""
+        pixels = self.images.permute(0, 2, 3, 1).pin_memory().permute(0, 3, 1, 2)
+        return Batch(pixels, self.ids.pin_memory(), None if self.labels is None else self.labels.pin_memory())
+
+
+class ShardDataset(torch.utils.data.Dataset[Batch]):
+    """Random access to the pictures of a manifest's shards. Make it with `open_dataset`."""
+
+    def __init__(self, folder: Path, manifest: Manifest, *, in_memory: bool | None, max_bad_samples: int) -> None:
+        self.folder, self.manifest, self.max_bad_samples = folder, manifest, max_bad_samples
+        self.shard_samples = tuple(shard.samples for shard in manifest.shards)
+        self._ends = np.cumsum(np.array(self.shard_samples, np.int64))
+        self._shards = Shards(folder, manifest, tolerant=max_bad_samples > 0)
+        self._bad: dict[int, str] = {}
+        self._decoded: Decoded | None = None
+        size = manifest.samples * manifest.height * manifest.width * manifest.channels
+        if size < IN_MEMORY_BYTES if in_memory is None else in_memory:
+            self._decoded = load_decoded(self, manifest, self._shards.modified)
+            self.note_bad_samples(self._decoded.bad)
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.read([index])
+
+    def __getitems__(self, ids: Ids) -> Batch:
+        """A whole batch at once: what a DataLoader with a batch sampler asks for."""
+        return self.read(ids)
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the decoded pictures are held in memory."""
+        return self._decoded is not None
+
+    @property
+    def bad_samples(self) -> Mapping[int, str]:
+        """Samples that were replaced, by id, each with shard, member, offset and cause."""
+        return dict(self._bad)
+
+    def note_bad_samples(self, found: Mapping[int, str]) -> None:
+        """Count bad samples that this object, another process or another rank has found.
+
+        Raises:
+            DataError: they are more than `max_bad_samples`, each counted once.
+        """
+        for sample, cause in found.items():
+            if sample in self._bad:
+                continue
+            if len(self._bad) >= self.max_bad_samples:
+                raise DataError(self._over_budget(cause))
+            self._bad[sample] = cause
+            log.warning("bad sample %d of %d allowed, replaced: %s", len(self._bad), self.max_bad_samples, cause)
+
+    def key(self, sample: int) -> str:
+        """Key of a sample: its name in the archive up to the first dot.
+
+        Raises:
+            InputError: no such id.
+            DataError: the shard cannot be read that far.
+        """
+        shard, place = self._place(sample)
+        keys = self._shards.keys(shard)
+        if place >= len(keys):
+            raise DataError(self._cause(shard, place, "no key: the shard cannot be read that far"))
+        return keys[place]
+
+    def read(self, ids: Ids) -> Batch:
+        """The samples with these ids, in this order.
+
+        Raises:
+            InputError: an id outside the data set.
+            DataError: a bad sample over the budget, or a shard that cannot be read.
+        """
+        wanted = np.array(ids, np.int64)
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if outside.size:
+            raise InputError(f"sample {outside[0]} of a data set of {len(self)}; ids begin at 0")
+        manifest = self.manifest
+        pixels = np.empty((len(wanted), manifest.height, manifest.width, manifest.channels), np.uint8)
+        if self._decoded is not None:
+            # mode="clip" writes to `out` without a buffer; the ids were checked
+            np.take(self._decoded.pixels, wanted, axis=0, out=pixels, mode="clip")
+            labels = None if self._decoded.labels is None else self._decoded.labels[wanted]
+        else:
+            labels = self._read_rows(wanted, pixels)
+        return Batch(
+            torch.from_numpy(pixels).permute(0, 3, 1, 2),
+            torch.from_numpy(wanted),
+            None if labels is None else torch.from_numpy(labels),
+        )
+
+    def _read_rows(self, wanted: npt.NDArray[np.int64], pixels: Pixels) -> npt.NDArray[np.int64] | None:
+        """Decode samples into rows of a buffer; returns their labels."""
+        shards = np.searchsorted(self._ends, wanted, side="right")
+        places = wanted - self._ends[shards] + np.array(self.shard_samples, np.int64)[shards]
+        labels = np.empty(len(wanted), np.int64)
+        for row, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
+            try:
+                labels[row] = self._read_one(shard, place, pixels[row])
+            except PictureError as bad:
+                labels[row] = self._substitute(shard, place, pixels[row], str(bad))
+        return labels if self.manifest.classes is not None else None
+
+    def _read_one(self, shard: int, place: int, row: Pixels) -> int:
+        """Decode one sample; returns its label (0 without classes). Raises PictureError."""
+        index, file = self._shards.index(shard), self._shards.file(shard)
+        kind = int(index.kind[place])
+        if kind == LOST:
+            raise PictureError(f"lost: {index.fault}")
+        label = self._label(int(index.label[place]))
+        if kind == RAW:
+            file.read_into(row.data.cast("B"), int(index.offset[place]))
+        else:
+            decode_into(file.read(int(index.size[place]), int(index.offset[place])), kind, row)
+        return label
+
+    def _label(self, label: int) -> int:
+        classes = self.manifest.classes
+        if classes is None:
+            return 0
+        if 0 <= label < len(classes):
+            return label
+        known = {NO_LABEL: "no .cls label", BAD_LABEL: "its label is no integer of 0 or more"}
+        raise PictureError(known.get(label, f"label {label} in a data set of {len(classes)} classes"))
+
+    def _substitute(self, shard: int, place: int, row: Pixels, cause: str) -> int:
+        """Fill a bad sample's row with the next good sample of its shard; returns that one's label."""
+        first = int(self._ends[shard]) - self.shard_samples[shard]
+        self.note_bad_samples({first + place: self._cause(shard, place, cause)})
+        for other in self._others(shard, place):
+            try:
+                return self._read_one(shard, other, row)
+            except PictureError as bad:
+                self.note_bad_samples({first + other: self._cause(shard, other, str(bad))})
+        raise DataError(
+            f"shard {self.manifest.shards[shard].name}: not one good sample; restore it or prepare it again"
+        )
+
+    def _others(self, shard: int, place: int) -> Iterator[int]:
+        count = self.shard_samples[shard]
+        return ((place + step) % count for step in range(1, count))
+
+    def _place(self, sample: int) -> tuple[int, int]:
+        if not 0 <= sample < len(self):
+            raise InputError(f"sample {sample} of a data set of {len(self)}; ids begin at 0")
+        shard = int(np.searchsorted(self._ends, sample, side="right"))
+        return shard, sample - int(self._ends[shard]) + self.shard_samples[shard]
+
+    def _cause(self, shard: int, place: int, cause: str) -> str:
+        """Shard, member, offset and cause of a bad sample, in one line."""
+        index, name = self._shards.index(shard), self.manifest.shards[shard].name
+        kind = int(index.kind[place])
+        if kind == LOST:
+            return f"shard {name}: sample {place}: {cause}"
+        key = self._shards.keys(shard)[place]
+        member = f"{key}.{PICTURE_KINDS[kind]}" if kind < RAW else key
+        return f"shard {name}: member {member!r} at byte {int(index.offset[place])}: {cause}"
+
+    def _over_budget(self, cause: str) -> str:
+        remedy = "restore the shard, or set data.max_bad_samples to how many may be replaced"
+        if not self.max_bad_samples:
+            return f"{cause}; {remedy}"
+        return f"{cause}; more bad samples than data.max_bad_samples={self.max_bad_samples} allows; {remedy}"
+
+
+def open_dataset(
+    path: str, split: str = "train", *, in_memory: bool | None = None, max_bad_samples: int = 0
+) -> ShardDataset:
+    """Open a prepared data set.
+
+    Args:
+        path: its folder, or a dataset.json.
+        split: train, validation, …
+        in_memory: hold the decoded pictures in memory, shared by the node's processes; None: if below 512 MiB.
+        max_bad_samples: bad samples that may be replaced; with more the run ends.
+
+    Raises:
+        InputError: no data set, or a shard is missing.
+        DataError: a shard is not what the manifest says, or (in memory) has more bad samples than may be replaced.
+    """
+    place = find_manifest(path, split)
+    return ShardDataset(place.parent, read_manifest(place), in_memory=in_memory, max_bad_samples=max_bad_samples)

@@ -1,0 +1,195 @@
+"""The shards of a data set on this node: checked against the manifest, indexed when first needed, open while used."""
+
+import hashlib
+import logging
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vaegan_dist.data.cache import cache_folder, content_key, replace_file
+from vaegan_dist.data.index import LOST, NO_LABEL, ShardIndex, index_shard, shard_keys
+from vaegan_dist.data.manifest import Manifest, ShardInfo
+from vaegan_dist.data.tar import ShardFile
+from vaegan_dist.errors import DataError, InputError
+
+log = logging.getLogger(__name__)
+
+INDEX_VERSION = 1
+OPEN_FILES = 256
+KEPT_KEYS = 4
+
+
+class Shards:
+    """Files and indices of a manifest's shards.
+
+    Args:
+        folder: where dataset.json lies.
+        manifest: its content.
+        tolerant: take a damaged shard as far as it can be read; its other samples are then bad samples.
+
+    Raises:
+        InputError: a shard is missing.
+        DataError: a shard has another size than the manifest says (and `tolerant` is False).
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, tolerant: bool) -> None:
+        self.folder, self.manifest, self.tolerant = folder, manifest, tolerant
+        self._indices: dict[int, ShardIndex] = {}
+        self._files: OrderedDict[int, ShardFile] = OrderedDict()
+        self._keys: OrderedDict[int, list[str]] = OrderedDict()
+        self._lock = threading.RLock()
+        self.modified = [self._check_file(info) for info in manifest.shards]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_lock"]
+        return state | {"_files": OrderedDict(), "_keys": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
+    def path(self, number: int) -> Path:
+        """Where a shard lies."""
+        return self.folder / self.manifest.shards[number].name
+
+    def index(self, number: int) -> ShardIndex:
+        """A shard's index, as many rows as the manifest promises."""
+        index = self._indices.get(number)
+        if index is None:
+            with self._lock:
+                index = self._indices.get(number) or self._load_index(number)
+                self._indices[number] = index
+        return index
+
+    def file(self, number: int) -> ShardFile:
+        """A shard, open. It is closed when nobody refers to it any more: a reader in another thread keeps it."""
+        with self._lock:
+            file = self._files.get(number)
+            if file is None:
+                file = ShardFile(self.path(number), self.manifest.shards[number].name)
+                if os.fstat(file.fd).st_mtime_ns != self.modified[number]:
+                    raise DataError(
+                        f"shard {file.name}: it was changed while in use; start again, or restore the shard"
+                    )
+                self._files[number] = file
+                if len(self._files) > OPEN_FILES:
+                    self._files.popitem(last=False)
+            else:
+                self._files.move_to_end(number)
+            return file
+
+    def keys(self, number: int) -> list[str]:
+        """Keys of a shard's samples."""
+        with self._lock:
+            if number not in self._keys:
+                name = self.manifest.shards[number].name
+                self._keys[number] = shard_keys(self.path(number), name, self.manifest.layout)
+                if len(self._keys) > KEPT_KEYS:
+                    self._keys.popitem(last=False)
+            return self._keys[number]
+
+    def _check_file(self, info: ShardInfo) -> int:
+        """Time of the last change of a shard that is there and has its size, in ns."""
+        path = self.folder / info.name
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise InputError(
+                f"shard {info.name}: cannot be found at {path} ({error.strerror}); restore it or prepare the data again"
+            ) from None
+        if status.st_size != info.bytes:
+            self._suspect(info, f"has {status.st_size} bytes, dataset.json says {info.bytes}: it was cut or changed")
+        return status.st_mtime_ns
+
+    def _suspect(self, info: ShardInfo, cause: str) -> None:
+        message = f"shard {info.name}: {cause}; restore it, or run `vaegan-dist prepare` or `index` again"
+        if not self.tolerant:
+            raise DataError(message)
+        log.warning("%s", message)
+
+    def _load_index(self, number: int) -> ShardIndex:
+        """From the cache, or by a walk. The first walk also checks the file's hash; later changes show in its mtime."""
+        info, path = self.manifest.shards[number], self.path(number)
+        key = content_key(INDEX_VERSION, self.manifest.layout, info.sha256, info.bytes, self.modified[number])
+        folder = cache_folder("index")
+        cached = folder / f"{key}.npz" if folder else None
+        index = _read_cached(cached, info.samples) if cached else None
+        if index is None:
+            intact = _sha256(path) == info.sha256
+            if not intact:
+                self._suspect(info, "its bytes are not those that dataset.json has the sha256 of: it was changed")
+            index = index_shard(path, info.name, self.manifest.layout, tolerant=self.tolerant)
+            if cached and intact and index.fault is None and index.samples == info.samples:
+                _write_cached(cached, index)
+        return self._fit(info, index)
+
+    def _fit(self, info: ShardInfo, index: ShardIndex) -> ShardIndex:
+        """The index with the manifest's number of rows, or the reason why not."""
+        picture = self.manifest.height, self.manifest.width, self.manifest.channels
+        if index.shape is not None and index.shape != picture:
+            raise DataError(
+                f"shard {info.name}: pictures of {index.shape} (height, width, channels), dataset.json says {picture}; "
+                "restore the shard or prepare the data again"
+            )
+        if index.samples == info.samples:
+            return index
+        missing = info.samples - index.samples
+        if missing < 0 or index.fault is None or index.samples == 0:
+            passed = ", ".join(f"{count} {what}" for what, count in index.notes.items())
+            why = index.fault or (f"members passed over: {passed}" if passed else "no member was passed over")
+            raise DataError(
+                f"shard {info.name}: {index.samples} samples, dataset.json says {info.samples} ({why}); "
+                "restore the shard, or run `vaegan-dist index` again"
+            )
+        return ShardIndex(
+            offset=np.append(index.offset, np.zeros(missing, np.int64)),
+            size=np.append(index.size, np.zeros(missing, np.int64)),
+            kind=np.append(index.kind, np.full(missing, LOST, np.uint8)),
+            label=np.append(index.label, np.full(missing, NO_LABEL, np.int32)),
+            shape=index.shape,
+            notes=index.notes,
+            fault=index.fault,
+        )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_cached(path: Path, index: ShardIndex) -> None:
+    def write(descriptor: int) -> None:
+        with os.fdopen(os.dup(descriptor), "wb") as file:
+            names = np.array(list(index.notes), dtype=np.str_)
+            counts = np.array(list(index.notes.values()), np.int64)
+            shape = np.array(index.shape or (), np.int64)
+            columns = {"offset": index.offset, "size": index.size, "kind": index.kind, "label": index.label}
+            np.savez(file, allow_pickle=False, names=names, counts=counts, shape=shape, **columns)
+
+    try:
+        replace_file(path, write)
+    except OSError as error:
+        log.warning("index of a shard not kept in %s (%s)", path.parent, error.strerror)
+
+
+def _read_cached(path: Path, samples: int) -> ShardIndex | None:
+    """A cached index; None where there is none or it does not fit, for whatever reason: it is made again then."""
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            columns = {name: stored[name] for name in ("offset", "size", "kind", "label")}
+            notes = dict(zip(stored["names"].tolist(), stored["counts"].tolist(), strict=True))
+            shape = tuple(stored["shape"].tolist())
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # a damaged zip or array raises anything
+        log.warning("index cache %s is damaged (%s); the shard is walked again", path, error)
+        return None
+    types = {"offset": np.int64, "size": np.int64, "kind": np.uint8, "label": np.int32}
+    if any(columns[name].shape != (samples,) or columns[name].dtype != kind for name, kind in types.items()):
+        return None
+    return ShardIndex(**columns, shape=shape or None, notes=notes)

@@ -1,0 +1,109 @@
+"""What every network of a kind offers; the objectives know nothing else of them."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+LOGVAR_RANGE = (-30.0, 20.0)  # exp stays finite in float32 and bfloat16
+
+
+@dataclass(frozen=True)
+class ImageShape:
+    """Size of a picture: channels, height, width."""
+
+    channels: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.channels}x{self.height}x{self.width}"
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """At least float32: losses do not sum in a half precision."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(z|x) = N(mu, exp(logvar)), independent over dimensions; both `[B, *latent]`, float32 or wider."""
+
+    mu: Tensor
+    logvar: Tensor
+
+    def sample(self, eps: Tensor) -> Tensor:
+        """z = mu + sigma * eps (Kingma & Welling 2014, arXiv 1312.6114, section 2.4)."""
+        return self.mu + torch.exp(0.5 * self.logvar) * eps
+
+    def kl_per_dim(self) -> Tensor:
+        """KL(q(z|x) || N(0, I)) in nats, `[B, latent dimensions]` (Kingma & Welling 2014, appendix B)."""
+        kl = 0.5 * (self.mu.square() + self.logvar.exp() - 1.0 - self.logvar)
+        return kl.flatten(1)
+
+
+class Encoder(nn.Module):
+    """Picture -> posterior."""
+
+    def __init__(self, latent_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.latent_shape = latent_shape
+
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each `[B, *latent]`."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Posterior:
+        """`x` `[B, C, H, W]` in [-1, 1]."""
+        mu, logvar = self.moments(x)
+        return Posterior(wide(mu), wide(logvar).clamp(*LOGVAR_RANGE))
+
+
+class Decoder(nn.Module):
+    """z -> picture; also the generator."""
+
+    def __init__(self, latent_shape: tuple[int, ...], image: ImageShape) -> None:
+        super().__init__()
+        self.latent_shape = latent_shape
+        self.image = image
+
+    def pre_image(self, z: Tensor) -> Tensor:
+        """Pre-activation `a` `[B, C, H, W]`: sigmoid(a) is the Bernoulli mean of (x + 1) / 2."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor) -> Tensor:
+        """`z` `[B, *latent]` -> pictures in [-1, 1]."""
+        return to_image(self.pre_image(z))
+
+
+def to_image(pre_image: Tensor) -> Tensor:
+    """x = tanh(a / 2) = 2 sigmoid(a) - 1."""
+    return torch.tanh(0.5 * pre_image)
+
+
+class Discriminator(nn.Module):
+    """Picture -> logit: positive where it takes the picture for a real one.
+
+    Attributes:
+        depth: number of layers whose outputs `features` can give.
+        independent: an image's logit depends on no other image of the batch.
+    """
+
+    depth: int
+    independent: bool
+
+    def __init__(self, image: ImageShape) -> None:
+        super().__init__()
+        self.image = image
+
+    def features(self, x: Tensor, layer: int) -> Tensor:
+        """Output of a layer before its norm and activation, `[B, ...]`; later layers are not computed."""
+        raise NotImplementedError
+
+    def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Logits `[B]` and `features(x, layer)` in one pass."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits `[B]`."""
+        return self.logits_and_features(x, self.depth - 1)[0]

@@ -1,0 +1,97 @@
+"""What the training loop knows of an objective."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
+from vaegan_dist.errors import ConfigError
+from vaegan_dist.models import Decoder, Discriminator, Encoder
+
+Terms = dict[str, Tensor]
+
+
+class Objective(nn.Module):
+    """Networks and losses of one phase: maps a batch to one scalar to call `.backward()` on.
+
+    The scalar is a carrier of gradients, not a loss: every network that learns receives the gradient of its own loss
+    from it, as a mean over the batch. The losses themselves are in the terms.
+
+    Attributes:
+        trained: networks that learn, in the order encoder, decoder, discriminator; the others do not require gradients.
+        term_names: names of the terms that `forward` returns, in this order, always all of them.
+    """
+
+    trained: tuple[NetworkName, ...]
+    term_names: tuple[str, ...]
+
+    def __init__(
+        self,
+        phase: Phase,
+        settings: ObjectiveSection,
+        networks: nn.ModuleDict,
+        used: tuple[NetworkName, ...],
+        trainable: tuple[NetworkName, ...],
+    ) -> None:
+        super().__init__()
+        wanted: tuple[str, ...] = phase.train or trainable
+        for name in wanted:
+            if name not in trainable:
+                raise ConfigError(
+                    f"phases.{phase.name}.train={name}: objective {phase.objective} does not train it; "
+                    f"choose from {', '.join(trainable)}"
+                )
+        self.settings = settings
+        self.trained = tuple(name for name in trainable if name in wanted)
+        for key, network in networks.items():
+            network.requires_grad_(key in self.trained)
+            for parameter in network.parameters():
+                parameter.grad = None
+        self.networks = nn.ModuleDict({name: networks[name] for name in used})
+
+    @property
+    def encoder(self) -> Encoder:
+        return cast(Encoder, self.networks["encoder"])
+
+    @property
+    def decoder(self) -> Decoder:
+        return cast(Decoder, self.networks["decoder"])
+
+    @property
+    def discriminator(self) -> Discriminator:
+        return cast(Discriminator, self.networks["discriminator"])
+
+    def learns(self, name: NetworkName) -> bool:
+        """Whether a network is trained in this phase."""
+        return name in self.trained
+
+    def noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        """Standard normal tensors that a batch of this many images needs; the first dimension counts images."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, noise: dict[str, Tensor], images_seen: int) -> tuple[Tensor, Terms]:
+        """One step's scalar and terms.
+
+        Args:
+            x: real pictures `[B, C, H, W]` in [-1, 1].
+            noise: the tensors of `noise_shapes(B)`, this rank's rows.
+            images_seen: images that the phase has seen before this step, over all ranks.
+
+        Returns:
+            A scalar whose one backward pass gives each trained network its own gradient, and detached scalar terms
+            (means over this rank's batch).
+        """
+        raise NotImplementedError
+
+    def ordered(self, terms: Terms) -> Terms:
+        """The terms in the order of `term_names`, detached."""
+        if set(terms) != set(self.term_names):
+            raise AssertionError(f"terms {sorted(terms)} differ from the promised {sorted(self.term_names)}")
+        return {name: terms[name].detach() for name in self.term_names}
+
+
+def uniform(normal: Tensor) -> Tensor:
+    """Standard normal numbers -> uniform ones in [0, 1]."""
+    share: Tensor = torch.special.ndtr(normal)
+    return share

@@ -1,0 +1,34 @@
+"""The KL term of the encoder and the schedule of its weight."""
+
+from torch import Tensor
+
+from vaegan_dist.config import ObjectiveSection
+from vaegan_dist.models import Posterior
+
+
+def beta_at(settings: ObjectiveSection, images_seen: int) -> float:
+    """Weight of the KL after `images_seen` images of the phase."""
+    if settings.beta_schedule == "constant":
+        return settings.beta
+    if settings.beta_schedule == "cyclical":
+        images_seen %= settings.beta_cycle_images
+    return settings.beta * _ramp(images_seen, settings.beta_warmup_images)
+
+
+def weighted_kl(settings: ObjectiveSection, posterior: Posterior, images_seen: int) -> Tensor:
+    """What the encoder minimises of the divergence, per image, `[B]`.
+
+    Free bits hold per image and dimension, and capacity per image, not on the batch mean, so that the loss of a
+    batch is the mean of the losses of its parts however many workers share it.
+    """
+    per_dim = posterior.kl_per_dim()
+    if settings.free_bits:
+        per_dim = per_dim.clamp_min(settings.free_bits)
+    kl = per_dim.sum(1)
+    if settings.capacity:
+        kl = (kl - settings.capacity * _ramp(images_seen, settings.capacity_images)).abs()
+    return beta_at(settings, images_seen) * kl
+
+
+def _ramp(images: int, length: int) -> float:
+    return min(images / length, 1.0) if length else 1.0

@@ -1,0 +1,33 @@
+"""Counts the floating point operations of a step."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class FlopCounter(TorchDispatchMode):
+    """Sums torch's own formulas over every matrix product and convolution; a multiply-add counts as two operations.
+
+    torch's FlopCounterMode hooks modules to sort the count by them, and its hooks refuse `torch.autograd.grad`, with which
+    the objectives take gradients at a boundary.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **kwargs, out_val=result))
+        return result

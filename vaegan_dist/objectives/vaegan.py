@@ -1,0 +1,336 @@
+"""VAE-GAN and GAN: three losses, one pass over the networks, one backward pass.
+
+    encoder        descends  rec + beta KL                        (+ w L_G(x_rec) with adversarial_to_encoder)
+    decoder        descends  gamma rec + w L_G                    rec = pixel loss and / or learned similarity L_sim
+    discriminator  descends  L_D + penalties                      L_sim gives it nothing
+
+(Larsen et al. 2016, arXiv 1512.09300, equation 9 and algorithm 1; `docs/method.md` tells the whole.) Where the graph
+is cut:
+
+    x ── encoder ── z ─[1/gamma]─ decoder ─[gamma]─ x_rec ── D ── L_sim          gradient stops at x_rec
+                     z_prior ──── decoder ───────── x_gen ─[g'/d']─ D ── L_D     one seed d' serves both players
+                                                    x ───────────── D ── L_D
+
+Where one seed cannot serve both players (the discriminator couples images, or R2 needs a leaf), D's graph is walked
+twice: once here, down to the picture, and once in the final backward pass for D's weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
+from vaegan_dist.errors import ConfigError
+from vaegan_dist.models import Posterior
+from vaegan_dist.models.networks import to_image, wide
+from vaegan_dist.objectives.adversarial import LOSSES
+from vaegan_dist.objectives.base import Objective, Terms, uniform
+from vaegan_dist.objectives.divergence import beta_at, weighted_kl
+from vaegan_dist.objectives.penalties import one_centred, zero_centred
+from vaegan_dist.objectives.reconstruction import has_reconstruction, pixel_loss, similarity_loss
+from vaegan_dist.objectives.routing import Boundary, carry, shared_seed
+
+
+@dataclass
+class Reconstruction:
+    """A reconstruction and the places where its gradients are taken."""
+
+    posterior: Posterior
+    z: Tensor
+    """sample of the posterior, connected to the encoder"""
+    z_in: Tensor
+    """what the decoder saw: z, or a leaf that keeps the decoder's gradients from the encoder"""
+    pre_image: Tensor
+    x_rec: Tensor
+
+
+@dataclass
+class Judged:
+    """Fake pictures before the discriminator."""
+
+    image: Tensor
+    """the decoder's output"""
+    seen: Tensor
+    """what the discriminator saw: the picture, the picture behind `boundary`, or a leaf"""
+    boundary: Boundary | None
+    logits: Tensor
+    features: Tensor | None
+    plays: bool
+    """a player descends L_G of these pictures"""
+
+
+class VaeGan(Objective):
+    """Objectives `vaegan` and `gan` (decoder and discriminator alone)."""
+
+    def __init__(self, phase: Phase, settings: ObjectiveSection, networks: nn.ModuleDict, *, batch_size: int) -> None:
+        players: tuple[NetworkName, ...] = ("decoder", "discriminator")
+        trainable: tuple[NetworkName, ...] = players if phase.objective == "gan" else ("encoder", *players)
+        learned = phase.train or trainable
+        self.rec_is_fake = settings.fakes == "prior+reconstruction"
+        _check(phase, settings)
+        reconstructs = phase.objective == "vaegan" and {"encoder", "decoder"} & set(learned)
+        encodes = bool(reconstructs) or self.rec_is_fake
+        super().__init__(phase, settings, networks, trainable if encodes else players, trainable)
+        self.learns_rec = bool(reconstructs) and has_reconstruction(settings, similarity=True)
+        self.similarity = settings.similarity if self.learns_rec else 0.0
+        self.encodes = self.learns_rec or self.rec_is_fake
+        self.plays = self.learns("decoder") and settings.adversarial_weight > 0
+        self.rec_plays = (
+            self.rec_is_fake
+            and settings.adversarial_weight > 0
+            and (self.learns("decoder") or (self.learns("encoder") and settings.adversarial_to_encoder))
+        )
+        self.judges = self.plays or self.rec_plays or self.learns("discriminator")
+        self.judges_real = self.learns("discriminator") or (self.judges and LOSSES[settings.adversarial].needs_real)
+        self.layer = _layer(settings.similarity_layer, self.discriminator.depth)
+        self.loss = LOSSES[settings.adversarial]
+        self.batch_size = batch_size
+        self.term_names = self._term_names()
+
+    def noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.encodes:
+            shapes["eps"] = (batch, *self.encoder.latent_shape)
+        if self.judges:
+            shapes["z_prior"] = (batch, *self.decoder.latent_shape)
+        if self.settings.gradient_penalty and self.learns("discriminator"):
+            shapes["mix"] = (batch, 1, 1, 1)
+        return shapes
+
+    def forward(self, x: Tensor, noise: dict[str, Tensor], images_seen: int) -> tuple[Tensor, Terms]:
+        terms: Terms = {}
+        total = wide(x).new_zeros(())
+        rec = self._reconstruct(x, noise["eps"]) if self.encodes else None
+        penalise = images_seen // self.batch_size % self.settings.penalty_interval == 0
+        real, logits_real, features_real = self._judge_real(x, leaf=penalise and self.settings.r1 > 0)
+        fakes: dict[str, Judged] = {}
+        leaf = penalise and self.settings.r2 > 0 and self.learns("discriminator")
+        if self.judges:
+            with torch.set_grad_enabled(self.plays):
+                x_gen = self.decoder(noise["z_prior"])
+            fakes["gen"] = self._judge(x_gen, plays=self.plays, leaf=leaf, wants_features=False)
+        if rec and self.rec_is_fake:
+            fakes["rec"] = self._judge(rec.x_rec, plays=self.rec_plays, leaf=leaf, wants_features=self.similarity > 0)
+        if rec and self.learns_rec:
+            total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), images_seen, terms)
+        if self.judges:
+            total = total + self._adversarial_terms(logits_real, fakes, terms)
+        if self.learns("discriminator"):
+            total = total + self._penalty_terms(real, logits_real, fakes, noise, penalise, terms)
+        return total, self.ordered(terms)
+
+    def _term_names(self) -> tuple[str, ...]:
+        names: list[str] = []
+        if self.learns_rec:
+            names += ["loss_rec"] if self._pixel else []
+            names += ["loss_sim"] if self.similarity else []
+            names += ["loss_kl", "beta"]
+        if self.judges:
+            kinds = ["gen", "rec"] if self.rec_is_fake else ["gen"]
+            names += ["loss_adv"] if self.plays or self.rec_plays else []
+            names += ["loss_disc"] if self.learns("discriminator") else []
+            kinds = ["real", *kinds] if self.judges_real else kinds
+            names += [f"{what}_{kind}" for what in ("accuracy", "logits") for kind in kinds]
+        if self.learns("discriminator"):
+            names += [name for name, weight in self._penalties.items() if weight]
+        return tuple(names)
+
+    @property
+    def _pixel(self) -> bool:
+        return has_reconstruction(self.settings, similarity=False)
+
+    @property
+    def _penalties(self) -> dict[str, float]:
+        settings = self.settings
+        return {"penalty_r1": settings.r1, "penalty_r2": settings.r2, "penalty_gp": settings.gradient_penalty}
+
+    def _reconstruct(self, x: Tensor, eps: Tensor) -> Reconstruction:
+        """Encode and decode once; put the boundaries where decoder and encoder weigh the same gradient differently."""
+        gamma = self.settings.gamma
+        encoder_learns = self.learns("encoder")
+        with torch.set_grad_enabled(encoder_learns):
+            posterior = self.encoder(x)
+            z = posterior.sample(eps).to(x.dtype)
+        with torch.set_grad_enabled(encoder_learns or self.learns("decoder")):
+            if self._splits:
+                connected = self.rec_plays and self.settings.adversarial_to_encoder
+                z_in = z if connected else z.detach().requires_grad_()
+                pre_image = self.decoder.pre_image(z_in)
+            elif encoder_learns and self.learns("decoder") and gamma != 1:
+                z_in = z
+                pre_image = Boundary(gamma)(self.decoder.pre_image(Boundary(1 / gamma)(z)))
+            else:
+                z_in = z
+                pre_image = self.decoder.pre_image(z)
+            return Reconstruction(posterior, z, z_in, pre_image, to_image(pre_image))
+
+    @property
+    def _splits(self) -> bool:
+        """Encoder and decoder need gradients through the decoder that are not multiples of each other."""
+        if not (self.learns_rec and self.learns("encoder") and self.learns("decoder")):
+            return False
+        if self.rec_plays:
+            return not (self.settings.adversarial_to_encoder and self.settings.gamma == 1)
+        return self.settings.gamma == 0
+
+    def _judge_real(self, x: Tensor, *, leaf: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Real pictures, their logits and their features, as far as anything asks for them."""
+        learns = self.learns("discriminator")
+        if not self.judges_real and not self.similarity:
+            return x, None, None
+        with torch.set_grad_enabled(learns):
+            if not self.judges_real:
+                return x, None, self.discriminator.features(x, self.layer)
+            if leaf and learns:
+                x = x.detach().requires_grad_()
+            logits, features = self.discriminator.logits_and_features(x, self.layer)
+        return x, wide(logits), features.detach() if self.similarity else None
+
+    def _judge(self, image: Tensor, *, plays: bool, leaf: bool, wants_features: bool) -> Judged:
+        boundary = None
+        seen = image
+        if not self.learns("discriminator"):
+            pass  # its weights are frozen: the plain graph carries the player's gradient alone
+        elif leaf or (plays and not self.discriminator.independent):
+            seen = image.detach().requires_grad_()
+        elif plays:
+            boundary = Boundary()
+            seen = boundary(image)
+        elif wants_features:
+            seen = image.detach().requires_grad_()
+        else:
+            seen = image.detach()
+        with torch.set_grad_enabled(plays or self.learns("discriminator") or seen.requires_grad):
+            logits, features = self.discriminator.logits_and_features(seen, self.layer)
+        return Judged(image, seen, boundary, wide(logits), features if wants_features else None, plays)
+
+    def _rec_terms(
+        self,
+        rec: Reconstruction,
+        x: Tensor,
+        features_real: Tensor | None,
+        judged: Judged | None,
+        images_seen: int,
+        terms: Terms,
+    ) -> Tensor:
+        """What carries the reconstruction's gradient to the decoder (times gamma) and to the encoder, and the KL."""
+        settings = self.settings
+        loss = wide(rec.pre_image).new_zeros(())
+        if self._pixel:
+            terms["loss_rec"] = pixel_loss(settings.reconstruction, rec.pre_image, x).mean()
+            loss = loss + settings.reconstruction_weight * terms["loss_rec"]
+        if features_real is not None:
+            seen = judged.seen if judged else rec.x_rec.detach().requires_grad_()
+            features = judged.features if judged else None
+            if features is None:
+                features = self.discriminator.features(seen, self.layer)
+            terms["loss_sim"] = similarity_loss(features, features_real).mean()
+            (gradient,) = torch.autograd.grad(settings.similarity * terms["loss_sim"], seen, retain_graph=bool(judged))
+            loss = loss + carry(rec.x_rec, gradient)
+        kl = weighted_kl(settings, rec.posterior, images_seen).mean()
+        terms["loss_kl"] = rec.posterior.kl_per_dim().sum(1).mean()
+        terms["beta"] = kl.new_full((), beta_at(settings, images_seen))
+        if not self.learns("encoder"):
+            return settings.gamma * loss
+        if not self._splits:
+            return loss + kl
+        (at_pre_image,) = torch.autograd.grad(loss, rec.pre_image, retain_graph=True)
+        (at_z,) = torch.autograd.grad(rec.pre_image, rec.z_in, at_pre_image, retain_graph=True)
+        to_encoder = 1 - settings.gamma if rec.z_in is rec.z else 1.0
+        return settings.gamma * carry(rec.pre_image, at_pre_image) + to_encoder * carry(rec.z, at_z) + kl
+
+    def _adversarial_terms(self, logits_real: Tensor | None, fakes: dict[str, Judged], terms: Terms) -> Tensor:
+        """Both players' losses and what carries their gradients."""
+        everyone = {} if logits_real is None else {"real": logits_real}
+        everyone |= {kind: judged.logits for kind, judged in fakes.items()}
+        with torch.enable_grad():
+            logits = {kind: tensor.detach().requires_grad_() for kind, tensor in everyone.items()}
+            at_discriminator: Terms = {}
+            if self.learns("discriminator"):
+                terms["loss_disc"] = self.loss.discriminator(logits["real"], [logits[kind] for kind in fakes]).mean()
+                at_discriminator = _gradients(terms["loss_disc"], logits)
+            played = {kind: logits[kind] for kind, judged in fakes.items() if judged.plays}
+            at_player: Terms = {}
+            if played:
+                real = logits.get("real")
+                each = [self.loss.generator(fake, fake if real is None else real.detach()) for fake in played.values()]
+                terms["loss_adv"] = torch.stack(each).sum(0).mean()
+                at_player = _gradients(self.settings.adversarial_weight * terms["loss_adv"], played)
+        total = sum(
+            (_route(judged, at_discriminator.get(kind), at_player.get(kind)) for kind, judged in fakes.items()),
+            start=torch.zeros_like(next(iter(everyone.values())).detach().sum()),
+        )
+        if logits_real is not None and "real" in at_discriminator:
+            total = total + carry(logits_real, at_discriminator["real"])
+        for kind, tensor in everyone.items():
+            right = tensor > 0 if kind == "real" else tensor < 0
+            terms[f"accuracy_{kind}"] = right.to(tensor.dtype).mean()
+            terms[f"logits_{kind}"] = tensor.mean()
+        return total
+
+    def _penalty_terms(
+        self,
+        real: Tensor,
+        logits_real: Tensor | None,
+        fakes: dict[str, Judged],
+        noise: dict[str, Tensor],
+        penalise: bool,
+        terms: Terms,
+    ) -> Tensor:
+        """Penalties on the discriminator; the lazy ones are zero between their steps and then count interval times."""
+        assert logits_real is not None
+        settings = self.settings
+        zero = torch.zeros_like(logits_real.detach().sum())
+        terms |= {name: zero for name, weight in self._penalties.items() if weight}
+        if settings.r1 and penalise:
+            terms["penalty_r1"] = settings.penalty_interval * settings.r1 * zero_centred(logits_real, real).mean()
+        if settings.r2 and penalise:
+            each = [zero_centred(judged.logits, judged.seen).mean() for judged in fakes.values()]
+            terms["penalty_r2"] = settings.penalty_interval * settings.r2 * torch.stack(each).sum()
+        if settings.gradient_penalty:
+            share = uniform(noise["mix"])
+            between = (share * real.detach() + (1 - share) * fakes["gen"].image.detach()).requires_grad_()
+            penalty = one_centred(wide(self.discriminator(between)), between).mean()
+            terms["penalty_gp"] = settings.gradient_penalty * penalty
+        return sum((terms[name] for name, weight in self._penalties.items() if weight), start=zero)
+
+
+def _layer(layer: int, depth: int) -> int:
+    if not -depth <= layer < depth:
+        raise ConfigError(
+            f"objective.similarity_layer={layer}: the discriminator has {depth} layers; "
+            f"choose from {-depth} to {depth - 1}"
+        )
+    return layer % depth
+
+
+def _gradients(loss: Tensor, inputs: Terms) -> Terms:
+    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+
+
+def _route(judged: Judged, at_discriminator: Tensor | None, at_player: Tensor | None) -> Tensor:
+    """Carry one kind of fake's gradients: to the discriminator's weights, and through its input to the player."""
+    if at_discriminator is None:
+        return judged.logits.detach().sum() * 0 if at_player is None else carry(judged.logits, at_player)
+    if at_player is None:
+        return carry(judged.logits, at_discriminator)
+    if judged.boundary is not None:
+        seed, judged.boundary.factor = shared_seed(at_discriminator, at_player)
+        return carry(judged.logits, seed)
+    (at_image,) = torch.autograd.grad(judged.logits, judged.seen, at_player, retain_graph=True)
+    return carry(judged.image, at_image) + carry(judged.logits, at_discriminator)
+
+
+def _check(phase: Phase, settings: ObjectiveSection) -> None:
+    where = f"phases.{phase.name}.settings"
+    if phase.objective == "gan" and settings.fakes != "prior":
+        raise ConfigError(f"{where}.fakes={settings.fakes}: objective gan has no reconstructions; set it to prior")
+    learns_rec = phase.train is None or {"encoder", "decoder"} & set(phase.train)
+    if phase.objective == "vaegan" and learns_rec and not has_reconstruction(settings, similarity=True):
+        raise ConfigError(
+            f"{where}: reconstruction=none and similarity=0 leave vaegan nothing to reconstruct; set one of them, "
+            f"or use objective gan"
+        )
+    if settings.adversarial_to_encoder and settings.fakes == "prior" and phase.objective == "vaegan":
+        raise ConfigError(f"{where}.adversarial_to_encoder=true needs fakes=prior+reconstruction")

@@ -1,0 +1,293 @@
+"""Checkpoints: whole or absent, verified on loading, never executing code.
+
+A checkpoint is a folder `checkpoint-<images>` of safetensors and JSON. It is written beside its place, synced, and
+renamed; `checkpoint.json`, written last, holds the size and sha256 of every other file.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import vaegan_dist
+from vaegan_dist.config import Config
+from vaegan_dist.config_source import dump_yaml, validate
+from vaegan_dist.errors import InputError
+from vaegan_dist.models import ImageShape, build_networks
+from vaegan_dist.training.state import Progress, TrainState
+
+FORMAT_VERSION = 1
+PREFIX = "checkpoint-"
+SEAL = "checkpoint.json"
+
+
+class BrokenCheckpointError(InputError):
+    """A checkpoint that is not whole: names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint on disk, read back but for its tensors."""
+
+    path: Path
+    config: Config
+    image: ImageShape
+    progress: Progress
+    data: dict[str, Any]
+    phases_done: tuple[str, ...]
+
+
+def save_checkpoint(state: TrainState, folder: Path, *, data: dict[str, Any], keep: bool = False) -> Path:
+    """Write the state below `folder` and return the checkpoint's own folder.
+
+    Args:
+        data: what identifies the data set and the order (fingerprint, streams); compared on resume.
+        keep: whether the retention policy must leave this one alone (the end of a phase).
+
+    Raises:
+        OSError: when the storage is full or read-only; no partial checkpoint is left under its final name.
+    """
+    final = folder / f"{PREFIX}{state.progress.images_seen:012d}"
+    temporary = folder / f".{final.name}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        _write_files(state, temporary, data, keep)
+        _seal(temporary)
+        if final.exists():
+            shutil.rmtree(final)
+        temporary.rename(final)
+        _sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return final
+
+
+def _write_files(state: TrainState, folder: Path, data: dict[str, Any], keep: bool) -> None:
+    metadata = {"format": "pt", "vaegan.version": vaegan_dist.__version__}
+    save_file(_contiguous(state.networks.state_dict()), folder / "model.safetensors", metadata)
+    save_file(_contiguous(state.ema.state_dict()), folder / "ema.safetensors", metadata)
+    save_file(_optimizer_tensors(state), folder / "optimizer.safetensors", metadata)
+    (folder / "config.yaml").write_text(dump_yaml(state.config))
+    done = [phase.name for phase in state.config.phases[: state.progress.phase + state.phase_done]]
+    summary = {
+        "progress": state.progress.to_json(),
+        "image": vars(state.image),
+        "data": data,
+        "phases_done": done,
+        "keep": keep,
+        "versions": {"vaegan_dist": vaegan_dist.__version__, "torch": torch.__version__},
+    }
+    (folder / "state.json").write_text(json.dumps(summary, indent=1))
+
+
+def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Adam's moments and step counts by `<network>.<parameter>/<moment>`."""
+    tensors = {}
+    for network, optimizer in state.optimizers.items():
+        for name, parameter in state.networks[network].named_parameters():
+            for key, value in optimizer.state.get(parameter, {}).items():
+                tensors[f"{network}.{name}/{key}"] = value
+    return _contiguous(tensors)
+
+
+def _seal(folder: Path) -> None:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        _sync(path)
+    seal = folder / SEAL
+    seal.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    _sync(seal)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Folders that carry a checkpoint's name, newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if path.name.startswith(PREFIX) and path.is_dir()]
+    return sorted(found, key=lambda path: path.name, reverse=True)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Verify a checkpoint and read everything but its tensors.
+
+    Raises:
+        BrokenCheckpointError: names the file that is missing, cut, changed or of another format.
+    """
+    try:
+        seal = json.loads((path / SEAL).read_text())
+        if seal["format_version"] != FORMAT_VERSION:
+            raise BrokenCheckpointError(
+                f"checkpoint {path} has format {seal['format_version']}, this program reads {FORMAT_VERSION}: "
+                f"use the version that wrote it"
+            )
+        for name, expected in seal["files"].items():
+            _check_file(path, name, expected)
+        summary = json.loads((path / "state.json").read_text())
+        return Checkpoint(
+            path=path,
+            config=_read_config(path),
+            image=ImageShape(**summary["image"]),
+            progress=Progress.from_json(summary["progress"]),
+            data=summary["data"],
+            phases_done=tuple(summary["phases_done"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpointError(f"checkpoint {path} is not whole: {error}; use an earlier one") from None
+
+
+def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
+    if Path(name).name != name:
+        raise BrokenCheckpointError(f"checkpoint {folder}: '{name}' in {SEAL} is not a plain file name")
+    file = folder / name
+    if not file.is_file():
+        raise BrokenCheckpointError(f"checkpoint {folder}: {name} is missing")
+    if file.stat().st_size != expected["bytes"]:
+        raise BrokenCheckpointError(
+            f"checkpoint {folder}: {name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+        )
+    if _sha256(file) != expected["sha256"]:
+        raise BrokenCheckpointError(f"checkpoint {folder}: {name} has been changed (sha256 differs)")
+
+
+def _read_config(path: Path) -> Config:
+    import yaml
+
+    return validate(yaml.safe_load((path / "config.yaml").read_text()))
+
+
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that is whole, and one line for each newer one that is not."""
+    complaints: list[str] = []
+    for path in checkpoints(folder):
+        try:
+            return open_checkpoint(path), complaints
+        except BrokenCheckpointError as error:
+            complaints.append(str(error))
+    return None, complaints
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Put a checkpoint's weights, average, optimiser moments and place into a fresh state.
+
+    Raises:
+        BrokenCheckpointError: when tensors are missing, left over or of another shape; names the first.
+    """
+    device = next(state.networks.parameters()).device
+    _load_module(state.networks, checkpoint.path / "model.safetensors", device)
+    _load_module(state.ema, checkpoint.path / "ema.safetensors", device)
+    _load_optimizers(state, checkpoint.path / "optimizer.safetensors", device)
+    state.progress = checkpoint.progress
+
+
+def _load_module(module: nn.Module, path: Path, device: torch.device) -> None:
+    try:
+        module.load_state_dict(load_file(path, device=str(device)))
+    except (RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BrokenCheckpointError(f"{path} does not fit the networks of this configuration: {reason}") from None
+
+
+def _load_optimizers(state: TrainState, path: Path, device: torch.device) -> None:
+    tensors = load_file(path, device=str(device))
+    for network, optimizer in state.optimizers.items():
+        for name, parameter in state.networks[network].named_parameters():
+            prefix = f"{network}.{name}/"
+            moments = dict(_with_prefix(tensors, prefix))
+            if not moments:
+                continue
+            if moments["exp_avg"].shape != parameter.shape:
+                raise BrokenCheckpointError(f"{path}: {prefix}exp_avg has shape {tuple(moments['exp_avg'].shape)}")
+            optimizer.state[parameter] = {
+                key: value if key == "step" else value.to(memory_format=_format(parameter))
+                for key, value in moments.items()
+            }
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> Iterator[tuple[str, Tensor]]:
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        if prefix + key in tensors:
+            yield key, tensors[prefix + key]
+
+
+def _format(parameter: Tensor) -> torch.memory_format:
+    """Moments share their weight's memory format, as Adam made them: a fused step needs equal strides."""
+    if parameter.ndim == 4 and parameter.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def prune(folder: Path, keep_last: int) -> list[Path]:
+    """Remove all but the newest `keep_last` checkpoints and those marked to be kept; return what went."""
+    removed = []
+    for path in checkpoints(folder)[keep_last:]:
+        try:
+            kept = json.loads((path / "state.json").read_text()).get("keep", False)
+        except (OSError, ValueError):
+            kept = False
+        if not kept:
+            # The seal goes first, so that a half-removed checkpoint can never pass for a whole one.
+            (path / SEAL).unlink(missing_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
+            removed.append(path)
+    return removed
+
+
+def load_networks(path: Path, weights: str = "ema") -> tuple[Checkpoint, nn.ModuleDict]:
+    """Networks of a checkpoint (or of a run's newest whole one), ready for use on the CPU.
+
+    Args:
+        path: a checkpoint folder or a run folder.
+        weights: "ema" takes encoder and decoder from the moving average, "raw" as they were trained.
+    """
+    if (path / SEAL).exists():
+        found = open_checkpoint(path)
+    else:
+        newest, complaints = newest_whole(path)
+        if newest is None:
+            why = complaints[0] if complaints else "no folder named checkpoint-<images> in it"
+            raise InputError(f"no checkpoint to load at '{path}': {why}; give a run's folder or a checkpoint")
+        found = newest
+    networks = build_networks(found.config.model, found.image, seed=found.config.run.seed)
+    _load_module(networks, found.path / "model.safetensors", torch.device("cpu"))
+    if weights == "ema":
+        for name, tensors in _by_network(load_file(found.path / "ema.safetensors")).items():
+            networks[name].load_state_dict(tensors)
+    return found, networks.requires_grad_(False).eval()
+
+
+def _by_network(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        network, _, name = key.partition(".")
+        parts.setdefault(network, {})[name] = tensor
+    return parts

@@ -1,0 +1,86 @@
+"""Whether a run starts, continues or is over, and which changes of its configuration it may continue with."""
+
+from pathlib import Path
+from typing import Any
+
+from vaegan_dist.config import Config
+from vaegan_dist.errors import ConfigError
+from vaegan_dist.training.checkpoint import Checkpoint
+
+# What may differ from the checkpoint: where and how often, never what is computed.
+MAY_CHANGE = (
+    "preset",
+    "run.name",
+    "run.storage",
+    "data.path",
+    "data.loader_workers",
+    "data.prefetch",
+    "data.in_memory",
+    "data.max_bad_samples",
+    "training.torch_threads",
+    "training.max_skipped_steps",
+    "training.gradient_accumulation_steps",
+    "reporting",
+    "checkpoint",
+    "cluster",
+)
+
+
+def run_folder(config: Config) -> Path:
+    """The folder of a run: history, pictures and checkpoints."""
+    return Path(config.run.storage).expanduser() / config.run.name
+
+
+def refuse_existing(folder: Path) -> None:
+    """For `--fresh`: a run of that name must not stand yet."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(
+            f"run.name={folder.name}: a run of that name stands in {folder.parent}; choose another run.name, "
+            f"or leave out --fresh to continue it"
+        )
+
+
+def refuse_changes(config: Config, checkpoint: Checkpoint) -> None:
+    """A run continues only with the configuration that it computes from.
+
+    Budgets may grow, and phases that have not begun may change.
+
+    Raises:
+        ConfigError: names the first key that differs, with both values.
+    """
+    old, new = checkpoint.config.model_dump(), config.model_dump()
+    under_way = checkpoint.progress.phase
+    started = [dict(phase) for phase in old.pop("phases")[: under_way + 1]]
+    phases = [dict(phase) for phase in new.pop("phases")[: under_way + 1]]
+    _same_phases(started, phases, checkpoint)
+    for key, before, after in _differences(old, new):
+        if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
+            raise ConfigError(
+                f"{key}={after}: the run '{config.run.name}' was started with {before}; restore it, or choose another "
+                f"run.name for a new run"
+            )
+
+
+def _same_phases(started: list[dict[str, Any]], phases: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+    if len(phases) < len(started):
+        raise ConfigError(f"phases: the run has begun phase '{started[-1]['name']}', which the configuration lacks")
+    for number, (before, after) in enumerate(zip(started, phases, strict=False)):
+        open_ended = number == checkpoint.progress.phase
+        if open_ended and after["images"] >= checkpoint.progress.phase_images:
+            before = {**before, "images": after["images"]}
+        for key, was, now in _differences(before, after):
+            raise ConfigError(
+                f"phases.{before['name']}.{key}={now}: the run has trained on this phase with {was}; restore it, "
+                f"or choose another run.name for a new run"
+            )
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [
+            row
+            for key in keys
+            for row in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return [] if old == new else [(prefix, old, new)]

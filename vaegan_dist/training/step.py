@@ -1,0 +1,145 @@
+"""One optimiser step: the global batch's own rows through the routed objective, then every trained network moves.
+
+Nothing here waits for the device: terms are summed on it and read only when the loop logs.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vaegan_dist.config import NetworkName, Phase
+from vaegan_dist.evaluation.pictures import to_float
+from vaegan_dist.objectives import Objective, build_objective
+from vaegan_dist.seeding import standard_normal
+from vaegan_dist.training.schedule import ema_decay, rate_factor
+from vaegan_dist.training.state import TrainState
+
+
+class Step:
+    """The step of one phase on one rank.
+
+    The objective is one module in one DistributedDataParallel: its forward returns a scalar whose single backward
+    gives every trained network its own gradient, so each parameter is reduced exactly once per step.
+    """
+
+    def __init__(self, state: TrainState, phase: Phase, rank: int, world_size: int) -> None:
+        config = state.config
+        self.state, self.phase, self.rank, self.world_size = state, phase, rank, world_size
+        self.batch_size = config.training.batch_size
+        self.rows = self.batch_size // world_size
+        self.micro_batches = config.training.gradient_accumulation_steps
+        # Nothing that an earlier phase left may be taken for a gradient of this one.
+        state.networks.zero_grad(set_to_none=True)
+        self.device = next(state.networks.parameters()).device
+        self.dtype = next(state.networks.parameters()).dtype
+        self.objective: Objective = build_objective(
+            phase, config.objective_of(phase), state.networks, batch_size=self.batch_size
+        )
+        self.trained: tuple[NetworkName, ...] = self.objective.trained
+        self.module: nn.Module = self.objective
+        if world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                self.objective, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+            )
+        self.term_names = (
+            *self.objective.term_names,
+            *(f"grad_norm_{name}" for name in self.trained),
+            "skipped_steps",
+        )
+        self.sums = torch.zeros(len(self.term_names), dtype=torch.float64, device=self.device)
+        self.steps = 0
+        self.skipped_in_a_row = torch.zeros((), device=self.device)
+        self.worst_in_a_row = torch.zeros((), device=self.device)
+
+    def __call__(self, images: Tensor) -> None:
+        """Train on this rank's rows `[B / world_size, C, H, W]` of the next global batch (uint8)."""
+        x = self._to_device(images)
+        noise = self._noise()
+        for name in self.trained:
+            self.state.optimizers[name].zero_grad(set_to_none=self.world_size == 1)
+        terms = [self._backward(x, noise, index) for index in range(self.micro_batches)]
+        norms = [self._clip(name) for name in self.trained]
+        finite = torch.isfinite(torch.stack(norms)).all()
+        skip = 1.0 - finite.to(torch.float32)
+        self._optimize(skip)
+        images_seen = self.state.progress.images_seen + self.batch_size
+        decay = ema_decay(self.state.config.ema, images_seen, self.batch_size)
+        self.state.update_ema(decay, skip)
+        self._accumulate(terms, norms, skip)
+
+    def _to_device(self, images: Tensor) -> Tensor:
+        x = to_float(images.to(self.device, non_blocking=True), self.dtype)
+        if self.state.config.training.channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return x
+
+    def _noise(self) -> dict[str, Tensor]:
+        """This rank's rows of the global batch's noise: a function of (seed, purpose, images_seen), not of the rank."""
+        start = self.rank * self.rows
+        seed, seen = self.state.config.run.seed, self.state.progress.images_seen
+        drawn = {}
+        for name, shape in self.objective.noise_shapes(self.batch_size).items():
+            whole = standard_normal(shape, seed, "noise", name, seen, device=self.device)
+            drawn[name] = whole[start : start + self.rows].to(self.dtype)
+        return drawn
+
+    def _backward(self, x: Tensor, noise: dict[str, Tensor], index: int) -> Tensor:
+        """Gradients of one micro-batch, summed onto the others; returns its terms, stacked."""
+        size = self.rows // self.micro_batches
+        part = slice(index * size, (index + 1) * size)
+        last = index == self.micro_batches - 1
+        synchronise: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.module, DistributedDataParallel) and not last:
+            synchronise = self.module.no_sync()
+        with synchronise:
+            with self._autocast():
+                loss, terms = self.module(
+                    x[part], {name: value[part] for name, value in noise.items()}, self.state.progress.phase_images
+                )
+            (loss / self.micro_batches).backward()
+        return torch.stack([terms[name].to(torch.float64) for name in self.objective.term_names])
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        enabled = self.state.config.training.mixed_precision == "bf16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=enabled)
+
+    def _clip(self, network: NetworkName) -> Tensor:
+        """Norm of a network's gradient, which is clipped where the configuration says so.
+
+        DDP has already averaged it, so that every rank sees the same bits and decides alike whether it is finite.
+        """
+        gradients = [p.grad for p in self.state.networks[network].parameters() if p.grad is not None]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        limit = self.state.config.optimizer.max_grad_norm
+        if limit:
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    def _optimize(self, skip: Tensor) -> None:
+        settings = self.state.config.optimizer
+        budget = self.state.config.phase_images(self.phase)
+        # The rate of a step is that of the images it will have seen, so that a warm-up never wastes a step at zero.
+        images = self.state.progress.phase_images + self.batch_size
+        factor = rate_factor(settings, images, budget + self.batch_size) * self.phase.learning_rate_scale
+        for name in self.trained:
+            optimizer = self.state.optimizers[name]
+            optimizer.param_groups[0]["lr"] = settings.rate_of(name) * factor
+            # The fused kernel reads this flag on the device and leaves weights and moments alone when it is set.
+            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            optimizer.step()
+
+    def _accumulate(self, terms: list[Tensor], norms: list[Tensor], skip: Tensor) -> None:
+        values = torch.cat([torch.stack(terms).mean(0), torch.stack(norms).to(torch.float64)])
+        # A skipped step counts as skipped and enters no mean.
+        values = torch.where(skip > 0, torch.zeros_like(values), values)
+        self.sums += torch.cat([values, skip.to(torch.float64).reshape(1)])
+        self.steps += 1
+        self.skipped_in_a_row = (self.skipped_in_a_row + skip) * skip
+        self.worst_in_a_row = torch.maximum(self.worst_in_a_row, self.skipped_in_a_row)
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each trained network at the last step."""
+        return {f"lr_{name}": self.state.optimizers[name].param_groups[0]["lr"] for name in self.trained}

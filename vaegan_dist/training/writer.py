@@ -1,0 +1,84 @@
+"""What rank 0 leaves in the run's folder while it trains: history, pictures, curves, configuration."""
+
+from pathlib import Path
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from vaegan_dist.config import Config
+from vaegan_dist.config_source import dump_yaml
+from vaegan_dist.evaluation.pictures import comparison, grid, save_png, to_float, to_uint8
+from vaegan_dist.models import latent_shape
+from vaegan_dist.reporting.curves import plot_curves
+from vaegan_dist.reporting.records import Record
+from vaegan_dist.reporting.sinks import Fanout, Guarded, History, Sink, TensorBoard
+from vaegan_dist.seeding import standard_normal
+from vaegan_dist.training.runtime import Runtime
+from vaegan_dist.training.state import TrainState
+
+COMPARED = 16
+
+
+class Writer:
+    """Writes on rank 0; on every other rank each call does nothing.
+
+    Args:
+        resume_at: rows of the history past this image count belong to work that is redone and go (None: a new history).
+    """
+
+    def __init__(self, config: Config, folder: Path, runtime: Runtime, resume_at: int | None) -> None:
+        self.config, self.folder, self.runtime = config, folder, runtime
+        self.active = runtime.rank == 0
+        self.sinks: Sink | None = None
+        if self.active:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(dump_yaml(config))
+            self.sinks = self._open_sinks(resume_at)
+
+    def _open_sinks(self, resume_at: int | None) -> Sink:
+        sinks: list[Sink] = [History(self.folder / "history.jsonl", resume_at)]
+        if self.config.reporting.tensorboard:
+            sinks.append(Guarded(TensorBoard(self.folder / "tensorboard", resume_at), name="TensorBoard"))
+        return Fanout(sinks)
+
+    def log(self, record: Record) -> None:
+        """One row of the history, and one message to whoever watches."""
+        if self.sinks is not None:
+            self.sinks.log(record)
+            self.runtime.publish(record)
+
+    def pictures(self, state: TrainState, originals: Tensor) -> None:
+        """Samples and reconstructions of the averaged networks; the same z and originals every time.
+
+        Args:
+            originals: uint8 `[n, C, H, W]`, the pictures to reconstruct.
+        """
+        if self.sinks is None:
+            return
+        for name, image in self._sheets(state, originals).items():
+            seen = state.progress.images_seen
+            save_png(image, self.folder / "pictures" / f"{name}-{seen:012d}-{state.phase.name}.png")
+            save_png(image, self.folder / f"{name}.png")
+            self.sinks.pictures(name, image, seen)
+        self.log({"event": "pictures", "images_seen": state.progress.images_seen, "phase": state.phase.name})
+
+    @torch.no_grad()
+    def _sheets(self, state: TrainState, originals: Tensor) -> dict[str, Image]:
+        encoder, decoder = state.ema["encoder"], state.ema["decoder"]
+        reference = next(decoder.parameters())
+        shape = (self.config.reporting.samples, *latent_shape(self.config.model, state.image))
+        z_prior = standard_normal(shape, self.config.run.seed, "samples")
+        x_gen = decoder(z_prior.to(reference))
+        x = to_float(originals.to(reference.device), reference.dtype)
+        x_rec = decoder(encoder(x).mu)
+        return {
+            "samples": grid(to_uint8(x_gen)),
+            "reconstructions": comparison(originals, to_uint8(x_rec)),
+        }
+
+    def close(self) -> None:
+        """Flush everything and draw the curves."""
+        if self.sinks is not None:
+            self.sinks.close()
+            plot_curves(self.folder / "history.jsonl", self.folder / "curves.png")
