@@ -143,3 +143,7 @@ def _add_reconstruct(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
     parser.add_argument("--split", default="train", help="its split (default: train)")
     parser.add_argument("--count", type=int, default=16, help="pictures, the first of the data set (default: 16)")
     parser.set_defaults(run=commands.reconstruct_command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

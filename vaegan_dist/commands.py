@@ -15,12 +15,13 @@ from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml, load_config, type_name
 from vaegan_dist.data.manifest import read_manifest
 from vaegan_dist.data.prepare import PrepareOptions, prepare
-from vaegan_dist.errors import ConfigError, RunStoppedError
+from vaegan_dist.errors import ConfigError
 from vaegan_dist.reporting.progress import Progress
 from vaegan_dist.training.describe import Plan, describe
 from vaegan_dist.training.resume import refuse_existing, run_folder
 
 PLAIN_SECONDS = 10.0
+STOPPED = 75  # EX_TEMPFAIL: a checkpoint stands, and the same command continues
 
 
 def add_prepare_options(parser: argparse.ArgumentParser) -> None:
@@ -121,9 +122,7 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
             outcome = train_local(config, progress.update)
     print(_summary(config, outcome.reason, outcome.images_seen, outcome.checkpoint, time.monotonic() - started))
-    if outcome.reason == "stopped":
-        raise RunStoppedError(f"stopped at {outcome.images_seen} images; run the same command again to continue")
-    return 0
+    return STOPPED if outcome.reason == "stopped" else 0
 
 
 def _short_forms(options: argparse.Namespace) -> list[str]:
@@ -161,7 +160,7 @@ def _summary(config: Config, reason: str, images: int, checkpoint: Path | None, 
         "done": f"Done: {images:,} images in {_duration(seconds)}.",
         "already done": f"Run '{config.run.name}' was finished before, at {images:,} images; nothing was trained. "
         f"For more, raise phases.{config.phases[-1].name}.images; for another run, choose another --name.",
-        "stopped": f"RunStoppedError at {images:,} images, with a checkpoint.",
+        "stopped": f"Stopped at {images:,} images, with a checkpoint; run the same command again to continue.",
     }[reason]
     rows = [
         ("checkpoint", checkpoint),

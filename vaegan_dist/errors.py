@@ -21,9 +21,3 @@ class InputError(VaeganError):
 
 class DataError(VaeganError):
     """A shard or a sample that breaks its promise: names shard, member, offset and remedy. Exit code 1."""
-
-
-class RunStoppedError(VaeganError):
-    """The run was asked to stop and left a checkpoint: run the same command to continue. Exit code 75."""
-
-    exit_code = 75

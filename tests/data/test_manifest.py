@@ -14,7 +14,6 @@ from vaegan_dist.data.manifest import (
     ShardInfo,
     find_manifest,
     read_manifest,
-    write_atomically,
     write_manifest,
 )
 from vaegan_dist.errors import InputError
@@ -111,13 +110,14 @@ def test_find(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_atomically(tmp_path / "dataset.json", b"old")
+    path = write_manifest(tmp_path, Manifest.model_validate(tree()))
+    old = path.read_bytes()
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
+        write_manifest(tmp_path, Manifest.model_validate(tree(split="other")))
+    assert path.read_bytes() == old
     assert list(tmp_path.iterdir()) == [path]

@@ -82,7 +82,7 @@ def test_the_picture_is_whole_and_pyplot_is_left_alone(history: Path, tmp_path: 
     plot_curves(history, output)
     image = Image.open(output)
     assert image.size[0] == 1200
-    assert len(np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0)) > 50
+    assert len(image.convert("RGB").getcolors(maxcolors=2**24) or []) > 50
     assert ("matplotlib.pyplot" in sys.modules) == before
     assert [entry.name for entry in output.parent.iterdir()] == ["curves.png"]
 

@@ -1,15 +1,14 @@
 """dataset.json: what a data set consists of. Written last and atomically, so that its presence means "complete"."""
 
 import json
-import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vaegan_dist.errors import InputError
+from vaegan_dist.files import write_whole
 
 MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION: Final = 1
@@ -147,31 +146,6 @@ def parse_manifest(text: bytes, name: str) -> Manifest:
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """Write FOLDER/dataset.json whole or not at all; call it last."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
-    return write_atomically(Path(folder) / MANIFEST_NAME, text.encode())
-
-
-def write_atomically(path: Path, content: bytes) -> Path:
-    """Write a file whole or not at all: temporary file in the same folder, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            os.fchmod(file.fileno(), 0o644)  # mkstemp's 0600 would hide it from other users of a shared folder
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+    path = Path(folder) / MANIFEST_NAME
+    write_whole(path, text.encode())
     return path
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,10 +39,19 @@ class Panel:
     right_unit: str = ""
     limits: tuple[float, float] | None = None
     log: bool = False
+    from_zero: bool = False
+    right_from_zero: bool = True
 
 
 PANELS = (
-    Panel("Reconstruction", "nats per image", ("reconstruction",), lambda key: key.startswith("psnr"), "PSNR in dB"),
+    Panel(
+        "Reconstruction",
+        "nats per image",
+        ("reconstruction",),
+        lambda key: key.startswith("psnr"),
+        "PSNR in dB",
+        right_from_zero=False,
+    ),
     Panel(
         "KL divergence",
         "nats per image",
@@ -54,8 +63,15 @@ PANELS = (
     Panel("Discriminator logits", "logit", ("logits",)),
     Panel("Discriminator accuracy", "share judged right", ("accuracy",), limits=(-0.02, 1.02)),
     Panel("Learning rates", "learning rate", ("learning_rate",), log=True),
-    Panel("Throughput", "images per second", ("throughput",), lambda key: key.startswith("data_wait"), "share of time"),
-    Panel("Step time", "seconds", ("time",)),
+    Panel(
+        "Throughput",
+        "images per second",
+        ("throughput",),
+        lambda key: key.startswith("data_wait"),
+        "share of time",
+        from_zero=True,
+    ),
+    Panel("Step time", "seconds", ("time",), from_zero=True),
     Panel("Gradients", "norm", ("gradient",), lambda key: key == "skipped_steps", "skipped steps", log=True),
     Panel("Other terms", "value", ("other",)),
 )
@@ -139,15 +155,19 @@ def _draw_panel(ax: Axes, panel: Panel, curves: dict[str, Curve], nonfinite: dic
     handles: list[Line2D] = []
     if left:
         handles += _draw_lines(ax, left, colors, "-", panel.unit)
-        if panel.log and all(value > 0 or math.isnan(value) for _, values in left.values() for value in values):
+        if panel.log and _spans_decades(left):
             ax.set_yscale("log")
         elif panel.limits:
             ax.set_ylim(*panel.limits)
+        elif panel.from_zero:
+            _start_at_zero(ax, left)
     if right:
         # A second scale only where the first is taken.
         own = ax.twinx() if left else ax
         own.spines["top"].set_visible(False)
         handles += _draw_lines(own, right, colors, "--" if left else "-", panel.right_unit)
+        if panel.right_from_zero:
+            _start_at_zero(own, right)
     bad = sorted({place for key in curves for place in nonfinite.get(key, [])})
     if bad:
         # A gap in a curve is easily missed, and it is what a sick run is recognised by.
@@ -155,6 +175,22 @@ def _draw_panel(ax: Axes, panel: Panel, curves: dict[str, Curve], nonfinite: dic
         label = "not finite"
         handles += ax.plot(bad, [0.04] * len(bad), "x", color="#c1121f", label=label, transform=edge, clip_on=False)
     ax.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.08, 1.0), frameon=False, fontsize=9)
+
+
+def _finite(curves: dict[str, Curve]) -> list[float]:
+    return [value for _, values in curves.values() for value in values if math.isfinite(value)]
+
+
+def _spans_decades(curves: dict[str, Curve]) -> bool:
+    values = _finite(curves)
+    return bool(values) and min(values) > 0 and max(values) > 10 * min(values)
+
+
+def _start_at_zero(ax: Axes, curves: dict[str, Curve]) -> None:
+    """Makes heights comparable; a curve that is zero throughout lies on the floor."""
+    values = _finite(curves)
+    if values and min(values) >= 0:
+        ax.set_ylim(0, 1.08 * max(values) or 1.0)
 
 
 def _draw_lines(ax: Axes, curves: dict[str, Curve], colors: Iterator[str], style: str, unit: str) -> list[Line2D]:

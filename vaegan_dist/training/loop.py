@@ -90,7 +90,8 @@ class Training:
         """Train the phase under way to its end; False when asked to stop (a checkpoint stands then)."""
         config, state, runtime = self.config, self.state, self.runtime
         step = Step(state, phase, runtime.rank, runtime.world_size)
-        self.writer.log({"event": "phase", "trains": ",".join(step.trained), **self._place()})
+        if not state.progress.phase_images:
+            self.writer.log({"event": "phase", "trains": ",".join(step.trained), **self._place()})
         meter = Meter.begin(step, runtime.world_size)
         batches = train_batches(
             self.dataset,
@@ -172,6 +173,7 @@ class Training:
 
     def _end(self, reason: str) -> Outcome:
         self.writer.log({"event": "end", "reason": reason, **self._place()})
+        self.writer.draw_curves()
         return Outcome(reason, self.state.progress.images_seen, self.last_checkpoint)
 
 

@@ -77,8 +77,12 @@ class Writer:
             "reconstructions": comparison(originals, to_uint8(x_rec)),
         }
 
+    def draw_curves(self) -> None:
+        """The history as a picture."""
+        if self.active:
+            plot_curves(self.folder / "history.jsonl", self.folder / "curves.png")
+
     def close(self) -> None:
-        """Flush everything and draw the curves."""
+        """Flush everything."""
         if self.sinks is not None:
             self.sinks.close()
-            plot_curves(self.folder / "history.jsonl", self.folder / "curves.png")
