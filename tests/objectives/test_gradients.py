@@ -54,7 +54,7 @@ PENALTIES = {
 
 
 def small_problem(model, *, seed=0, scale=3.0):
-    """Networks in float64 with weights large enough that no gradient is trivially small, pictures, and a drawer of noise."""
+    """Networks in float64 with weights large enough that no gradient is trivially small, pictures, what draws noise."""
     networks = build_networks(model, IMAGE, seed=seed).double()
     with torch.no_grad():
         for parameter in networks.parameters():
@@ -145,7 +145,9 @@ def test_confident_discriminator(adversarial, bias):
         with torch.no_grad():
             networks["discriminator"].head.bias.fill_(bias)
 
-    for model, (objective, keys) in itertools.product(("mlp", "conv-norm-stem"), (ROUTES["gan"], ROUTES["larsen-paper"])):
+    for model, (objective, keys) in itertools.product(
+        ("mlp", "conv-norm-stem"), (ROUTES["gan"], ROUTES["larsen-paper"])
+    ):
         check(model, objective, ObjectiveSection(adversarial=adversarial, **keys), prepare=make_confident)
 
 

@@ -1,6 +1,6 @@
-"""The textbook step: each network's loss on its own, differentiated on its own. Nothing of the objectives is used here.
+"""The textbook step: each network's loss on its own, differentiated on its own. Nothing of the objectives is used.
 
-Formulas: Kingma & Welling 2014; Goodfellow et al. 2014; Larsen et al. 2016 (equation 9, algorithm 1); Mescheder et al. 2018.
+Kingma & Welling 2014; Goodfellow et al. 2014; Larsen et al. 2016 (equation 9, algorithm 1); Mescheder et al. 2018.
 """
 
 import itertools

@@ -222,7 +222,10 @@ def _processes(
         timeout=STUCK_SECONDS,
         generator=torch.Generator().manual_seed(0),  # else iter() would draw from the global generator
     )
-    deliveries = iter(loader)
+    # Started from a thread of its own: from the main thread a DataLoader installs a SIGCHLD handler that raises in the
+    # middle of whatever runs when a reader dies. Without it the death is found here, in `next`.
+    with ThreadPoolExecutor(1) as starter:
+        deliveries = starter.submit(iter, loader).result()
     try:
         for after, _ in walk():
             try:

@@ -41,7 +41,8 @@ PROGRESS_BYTES = 64 * 2**10
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 
 _PART = re.compile(r"^[0-9a-f]{64}\.(\d+)\.part$")
-_CREDENTIALS = re.compile(r"credential|metadata|169\.254\.169\.254|token", re.IGNORECASE)
+# Without credentials in the environment the SDKs ask the machine's metadata service; its refusal says nothing of that.
+_CREDENTIALS = re.compile(r"latest/(api/token|meta-data)|computeMetadata|oauth2/token|Missing\w*(Account|Credential|Key)")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 
@@ -140,7 +141,7 @@ class RemoteShards:
                 self._running.pop(shard.sha256, None)
 
     def _download(self, shard: ShardInfo, path: Path) -> None:
-        """Fetch a shard into the cache; what an earlier attempt left is continued. The caller holds the shard's lock."""
+        """Fetch a shard into the cache; what an earlier attempt left is continued. The caller holds its lock."""
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
         self._make_room(shard, part)
         for again in (True, False):
@@ -202,8 +203,8 @@ class RemoteShards:
             failures += 1
             if failures >= self._attempts:
                 raise DataError(
-                    f"{what}: cannot be fetched from {self._url} after {failures} attempts ({cause}); check the network "
-                    "and run the same command again"
+                    f"{what}: cannot be fetched from {self._url} after {failures} attempts ({cause}); check the "
+                    "network and run the same command again"
                 ) from None
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -248,8 +249,8 @@ class RemoteShards:
         largest = max(manifest.shards, key=lambda shard: shard.bytes)
         if largest.bytes > self._budget and self._local is None:
             raise InputError(
-                f"shard {largest.name}: {largest.bytes} bytes do not fit the cache of {self._budget}; make it larger, or "
-                "prepare with smaller --shard-bytes"
+                f"shard {largest.name}: {largest.bytes} bytes do not fit the cache of {self._budget}; make it "
+                "larger, or prepare with smaller --shard-bytes"
             )
 
     def _make_room(self, shard: ShardInfo, part: Path) -> None:
@@ -336,12 +337,12 @@ def _refused(what: str, error: Exception) -> InputError | None:
         return InputError(f"{what}: access denied (403); check that the credentials may read it")
     if isinstance(error, UnauthenticatedError):
         return InputError(f"{what}: credentials missing or wrong (401); set the cloud SDK's variables")
-    status = _STATUS.search(str(error))
-    if status is None and _CREDENTIALS.search(str(error)):
+    if _CREDENTIALS.search(str(error)):
         return InputError(
             f"{what}: no credentials found; set the cloud SDK's variables (AWS_ACCESS_KEY_ID …, "
             "GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY), or AWS_SKIP_SIGNATURE=true for a public bucket"
         )
+    status = _STATUS.search(str(error))
     if status is not None and status[1].startswith("4") and status[1] not in ("408", "429"):
         return InputError(f"{what}: the server refuses it ({status[1]}); check the URL, the region and the credentials")
     return None

@@ -10,12 +10,12 @@ from torch.utils.flop_counter import flop_registry
 class FlopCounter(TorchDispatchMode):
     """Sums torch's own formulas over every matrix product and convolution; a multiply-add counts as two operations.
 
-    torch's FlopCounterMode hooks modules to sort the count by them, and its hooks refuse `torch.autograd.grad`, with which
-    the objectives take gradients at a boundary.
+    torch's FlopCounterMode hooks modules to sort the count by them, and its hooks refuse `torch.autograd.grad`, with
+    which the objectives take gradients at a boundary.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(

@@ -28,8 +28,9 @@ from vaegan_dist.objectives.adversarial import LOSSES
 from vaegan_dist.objectives.base import Objective, Terms, uniform
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.penalties import one_centred, zero_centred
+from vaegan_dist.objectives.players import Judged, judge, play
 from vaegan_dist.objectives.reconstruction import has_reconstruction, pixel_loss, similarity_loss
-from vaegan_dist.objectives.routing import Boundary, carry, shared_seed
+from vaegan_dist.objectives.routing import Boundary, carry
 
 
 @dataclass
@@ -43,21 +44,6 @@ class Reconstruction:
     """what the decoder saw: z, or a leaf that keeps the decoder's gradients from the encoder"""
     pre_image: Tensor
     x_rec: Tensor
-
-
-@dataclass
-class Judged:
-    """Fake pictures before the discriminator."""
-
-    image: Tensor
-    """the decoder's output"""
-    seen: Tensor
-    """what the discriminator saw: the picture, the picture behind `boundary`, or a leaf"""
-    boundary: Boundary | None
-    logits: Tensor
-    features: Tensor | None
-    plays: bool
-    """a player descends L_G of these pictures"""
 
 
 class VaeGan(Objective):
@@ -105,18 +91,24 @@ class VaeGan(Objective):
         penalise = images_seen // self.batch_size % self.settings.penalty_interval == 0
         real, logits_real, features_real = self._judge_real(x, leaf=penalise and self.settings.r1 > 0)
         fakes: dict[str, Judged] = {}
-        leaf = penalise and self.settings.r2 > 0 and self.learns("discriminator")
+        learns = self.learns("discriminator")
+        leaf = penalise and self.settings.r2 > 0 and learns
         if self.judges:
             with torch.set_grad_enabled(self.plays):
                 x_gen = self.decoder(noise["z_prior"])
-            fakes["gen"] = self._judge(x_gen, plays=self.plays, leaf=leaf, wants_features=False)
+            fakes["gen"] = judge(self.discriminator, x_gen, learns=learns, plays=self.plays, leaf=leaf)
         if rec and self.rec_is_fake:
-            fakes["rec"] = self._judge(rec.x_rec, plays=self.rec_plays, leaf=leaf, wants_features=self.similarity > 0)
+            layer = self.layer if self.similarity else None
+            fakes["rec"] = judge(
+                self.discriminator, rec.x_rec, learns=learns, plays=self.rec_plays, leaf=leaf, layer=layer
+            )
         if rec and self.learns_rec:
             total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), images_seen, terms)
         if self.judges:
-            total = total + self._adversarial_terms(logits_real, fakes, terms)
-        if self.learns("discriminator"):
+            game, played = play(self.loss, self.settings.adversarial_weight, logits_real, fakes, learns=learns)
+            total = total + game
+            terms |= played
+        if learns:
             total = total + self._penalty_terms(real, logits_real, fakes, noise, penalise, terms)
         return total, self.ordered(terms)
 
@@ -187,24 +179,6 @@ class VaeGan(Objective):
             logits, features = self.discriminator.logits_and_features(x, self.layer)
         return x, wide(logits), features.detach() if self.similarity else None
 
-    def _judge(self, image: Tensor, *, plays: bool, leaf: bool, wants_features: bool) -> Judged:
-        boundary = None
-        seen = image
-        if not self.learns("discriminator"):
-            pass  # its weights are frozen: the plain graph carries the player's gradient alone
-        elif leaf or (plays and not self.discriminator.independent):
-            seen = image.detach().requires_grad_()
-        elif plays:
-            boundary = Boundary()
-            seen = boundary(image)
-        elif wants_features:
-            seen = image.detach().requires_grad_()
-        else:
-            seen = image.detach()
-        with torch.set_grad_enabled(plays or self.learns("discriminator") or seen.requires_grad):
-            logits, features = self.discriminator.logits_and_features(seen, self.layer)
-        return Judged(image, seen, boundary, wide(logits), features if wants_features else None, plays)
-
     def _rec_terms(
         self,
         rec: Reconstruction,
@@ -240,35 +214,6 @@ class VaeGan(Objective):
         to_encoder = 1 - settings.gamma if rec.z_in is rec.z else 1.0
         return settings.gamma * carry(rec.pre_image, at_pre_image) + to_encoder * carry(rec.z, at_z) + kl
 
-    def _adversarial_terms(self, logits_real: Tensor | None, fakes: dict[str, Judged], terms: Terms) -> Tensor:
-        """Both players' losses and what carries their gradients."""
-        everyone = {} if logits_real is None else {"real": logits_real}
-        everyone |= {kind: judged.logits for kind, judged in fakes.items()}
-        with torch.enable_grad():
-            logits = {kind: tensor.detach().requires_grad_() for kind, tensor in everyone.items()}
-            at_discriminator: Terms = {}
-            if self.learns("discriminator"):
-                terms["loss_disc"] = self.loss.discriminator(logits["real"], [logits[kind] for kind in fakes]).mean()
-                at_discriminator = _gradients(terms["loss_disc"], logits)
-            played = {kind: logits[kind] for kind, judged in fakes.items() if judged.plays}
-            at_player: Terms = {}
-            if played:
-                real = logits.get("real")
-                each = [self.loss.generator(fake, fake if real is None else real.detach()) for fake in played.values()]
-                terms["loss_adv"] = torch.stack(each).sum(0).mean()
-                at_player = _gradients(self.settings.adversarial_weight * terms["loss_adv"], played)
-        total = sum(
-            (_route(judged, at_discriminator.get(kind), at_player.get(kind)) for kind, judged in fakes.items()),
-            start=torch.zeros_like(next(iter(everyone.values())).detach().sum()),
-        )
-        if logits_real is not None and "real" in at_discriminator:
-            total = total + carry(logits_real, at_discriminator["real"])
-        for kind, tensor in everyone.items():
-            right = tensor > 0 if kind == "real" else tensor < 0
-            terms[f"accuracy_{kind}"] = right.to(tensor.dtype).mean()
-            terms[f"logits_{kind}"] = tensor.mean()
-        return total
-
     def _penalty_terms(
         self,
         real: Tensor,
@@ -303,23 +248,6 @@ def _layer(layer: int, depth: int) -> int:
             f"choose from {-depth} to {depth - 1}"
         )
     return layer % depth
-
-
-def _gradients(loss: Tensor, inputs: Terms) -> Terms:
-    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
-
-
-def _route(judged: Judged, at_discriminator: Tensor | None, at_player: Tensor | None) -> Tensor:
-    """Carry one kind of fake's gradients: to the discriminator's weights, and through its input to the player."""
-    if at_discriminator is None:
-        return judged.logits.detach().sum() * 0 if at_player is None else carry(judged.logits, at_player)
-    if at_player is None:
-        return carry(judged.logits, at_discriminator)
-    if judged.boundary is not None:
-        seed, judged.boundary.factor = shared_seed(at_discriminator, at_player)
-        return carry(judged.logits, seed)
-    (at_image,) = torch.autograd.grad(judged.logits, judged.seen, at_player, retain_graph=True)
-    return carry(judged.image, at_image) + carry(judged.logits, at_discriminator)
 
 
 def _check(phase: Phase, settings: ObjectiveSection) -> None:

@@ -1,0 +1,117 @@
+"""The adversarial game on one batch: who sees which pictures, and which gradient goes back to whom."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vaegan_dist.models import Discriminator
+from vaegan_dist.models.networks import wide
+from vaegan_dist.objectives.adversarial import AdversarialLoss
+from vaegan_dist.objectives.base import Terms
+from vaegan_dist.objectives.routing import Boundary, carry, shared_seed
+
+
+@dataclass
+class Judged:
+    """Fake pictures before the discriminator."""
+
+    image: Tensor
+    """the decoder's output"""
+    seen: Tensor
+    """what the discriminator saw: the picture, the picture behind `boundary`, or a leaf"""
+    boundary: Boundary | None
+    logits: Tensor
+    features: Tensor | None
+    plays: bool
+    """a player descends L_G of these pictures"""
+
+
+def judge(
+    discriminator: Discriminator, image: Tensor, *, learns: bool, plays: bool, leaf: bool, layer: int | None = None
+) -> Judged:
+    """Show fakes to the discriminator so that both players' gradients can be told apart on the way back.
+
+    Args:
+        discriminator: its weights require gradients exactly if it learns.
+        image: the decoder's output.
+        learns: the discriminator learns from these pictures.
+        plays: a player descends L_G of these pictures.
+        leaf: a penalty will differentiate the logits in the pictures.
+        layer: discriminator layer whose features are wanted.
+    """
+    boundary = None
+    seen = image
+    if not learns:
+        pass  # its weights are frozen: the plain graph carries the player's gradient alone
+    elif leaf or (plays and not discriminator.independent):
+        seen = image.detach().requires_grad_()
+    elif plays:
+        boundary = Boundary()
+        seen = boundary(image)
+    elif layer is not None:
+        seen = image.detach().requires_grad_()
+    else:
+        seen = image.detach()
+    with torch.set_grad_enabled(plays or learns or seen.requires_grad):
+        last = discriminator.depth - 1 if layer is None else layer
+        logits, features = discriminator.logits_and_features(seen, last)
+    return Judged(image, seen, boundary, wide(logits), None if layer is None else features, plays)
+
+
+def play(
+    loss: AdversarialLoss, weight: float, logits_real: Tensor | None, fakes: dict[str, Judged], *, learns: bool
+) -> tuple[Tensor, Terms]:
+    """Both players' losses: what carries their gradients, and the terms.
+
+    Args:
+        loss: the adversarial loss.
+        weight: weight of the generator's loss.
+        logits_real: `[B]`; None where neither player's loss needs them.
+        fakes: the kinds of fakes by name.
+        learns: the discriminator learns.
+    """
+    terms: Terms = {}
+    everyone = {} if logits_real is None else {"real": logits_real}
+    everyone |= {kind: judged.logits for kind, judged in fakes.items()}
+    with torch.enable_grad():
+        logits = {kind: tensor.detach().requires_grad_() for kind, tensor in everyone.items()}
+        at_discriminator: Terms = {}
+        if learns:
+            terms["loss_disc"] = loss.discriminator(logits["real"], [logits[kind] for kind in fakes]).mean()
+            at_discriminator = _gradients(terms["loss_disc"], logits)
+        played = {kind: logits[kind] for kind, judged in fakes.items() if judged.plays}
+        at_player: Terms = {}
+        if played:
+            real = logits.get("real")
+            each = [loss.generator(fake, fake if real is None else real.detach()) for fake in played.values()]
+            terms["loss_adv"] = torch.stack(each).sum(0).mean()
+            at_player = _gradients(weight * terms["loss_adv"], played)
+    total = sum(
+        (_route(judged, at_discriminator.get(kind), at_player.get(kind)) for kind, judged in fakes.items()),
+        start=torch.zeros_like(next(iter(everyone.values())).detach().sum()),
+    )
+    if logits_real is not None and "real" in at_discriminator:
+        total = total + carry(logits_real, at_discriminator["real"])
+    for kind, tensor in everyone.items():
+        right = tensor > 0 if kind == "real" else tensor < 0
+        terms[f"accuracy_{kind}"] = right.to(tensor.dtype).mean()
+        terms[f"logits_{kind}"] = tensor.mean()
+    return total, terms
+
+
+def _gradients(loss: Tensor, inputs: Terms) -> Terms:
+    return dict(zip(inputs, torch.autograd.grad(loss, list(inputs.values())), strict=True))
+
+
+def _route(judged: Judged, at_discriminator: Tensor | None, at_player: Tensor | None) -> Tensor:
+    """Carry one kind of fake's gradients: to the discriminator's weights, and through its input to the player."""
+    if at_discriminator is None:
+        return judged.logits.detach().sum() * 0 if at_player is None else carry(judged.logits, at_player)
+    if at_player is None:
+        return carry(judged.logits, at_discriminator)
+    if judged.boundary is not None:
+        seed, judged.boundary.factor = shared_seed(at_discriminator, at_player)
+        return carry(judged.logits, seed)
+    (at_image,) = torch.autograd.grad(judged.logits, judged.seen, at_player, retain_graph=True)
+    return carry(judged.image, at_image) + carry(judged.logits, at_discriminator)
