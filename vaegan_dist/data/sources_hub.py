@@ -24,8 +24,10 @@ def open_hub(source: str, scratch: Path) -> Source:
     """`hf:NAME` (its splits become ours) or `hf:NAME:SPLIT` (that split alone, as `train`)."""
     try:
         import datasets
-    except ImportError:
-        raise InputError(f"{source}: needs the package datasets; install `pip install 'vaegan-dist[hf]'`") from None
+    except ImportError as error:
+        raise InputError(
+            f"{source}: needs the package datasets ({error}); install it with `pip install 'vaegan-dist[hf]'`"
+        ) from None
     name, _, split = source.removeprefix(PREFIX).partition(":")
     if not name:
         raise InputError(f"{source}: name a data set, as in hf:mnist or hf:mnist:test")

@@ -41,8 +41,8 @@ PROGRESS_BYTES = 64 * 2**10
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 
 _PART = re.compile(r"^[0-9a-f]{64}\.(\d+)\.part$")
-# Without credentials in the environment the SDKs ask the machine's metadata service; its refusal says nothing of that.
-_CREDENTIALS = re.compile(r"latest/(api/token|meta-data)|computeMetadata|oauth2/token|Missing\w*(Account|Credential|Key)")
+# Without credentials the SDKs ask the machine's metadata service, whose refusal names none.
+_CREDENTIALS = re.compile(r"latest/(api/token|meta-data)|computeMetadata|oauth2/token|Missing(Account|Credential)")
 _STATUS = re.compile(r"status code: (\d{3})")
 
 

@@ -1,13 +1,12 @@
-"""Checkpoints: whole or absent, verified on loading, never executing code.
+"""Checkpoints as they are read: verified, never executing code.
 
-A checkpoint is a folder `checkpoint-<images>` of safetensors and JSON. It is written beside its place, synced, and
-renamed; `checkpoint.json`, written last, holds the size and sha256 of every other file.
+A checkpoint is a folder `checkpoint-<images>` of safetensors and JSON. `commit.py` writes it beside its place, synced,
+and renames it; `checkpoint.json`, written last, holds the size and sha256 of every other file.
 """
 
+import copy
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +14,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import vaegan_dist
 from vaegan_dist.config import Config
-from vaegan_dist.config_source import dump_yaml, validate
+from vaegan_dist.config_source import validate
 from vaegan_dist.errors import InputError
 from vaegan_dist.models import ImageShape, build_networks
+from vaegan_dist.training.snapshot import Interval
 from vaegan_dist.training.state import Progress, TrainState
 
 FORMAT_VERSION = 1
@@ -44,89 +43,19 @@ class Checkpoint:
     progress: Progress
     data: dict[str, Any]
     phases_done: tuple[str, ...]
+    interval: Interval | None
+    watch: dict[str, Any]
 
 
-def save_checkpoint(state: TrainState, folder: Path, *, data: dict[str, Any], keep: bool = False) -> Path:
-    """Write the state below `folder` and return the checkpoint's own folder.
-
-    Args:
-        data: what identifies the data set and the order (fingerprint, streams); compared on resume.
-        keep: whether the retention policy must leave this one alone (the end of a phase).
-
-    Raises:
-        OSError: when the storage is full or read-only; no partial checkpoint is left under its final name.
-    """
-    final = folder / f"{PREFIX}{state.progress.images_seen:012d}"
-    temporary = folder / f".{final.name}.partial"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_files(state, temporary, data, keep)
-        _seal(temporary)
-        if final.exists():
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    return final
+def folder_name(images_seen: int) -> str:
+    """Name of the checkpoint at an image count; names sort by it."""
+    return f"{PREFIX}{images_seen:012d}"
 
 
-def _write_files(state: TrainState, folder: Path, data: dict[str, Any], keep: bool) -> None:
-    metadata = {"format": "pt", "vaegan.version": vaegan_dist.__version__}
-    save_file(_contiguous(state.networks.state_dict()), folder / "model.safetensors", metadata)
-    save_file(_contiguous(state.ema.state_dict()), folder / "ema.safetensors", metadata)
-    save_file(_optimizer_tensors(state), folder / "optimizer.safetensors", metadata)
-    (folder / "config.yaml").write_text(dump_yaml(state.config))
-    done = [phase.name for phase in state.config.phases[: state.progress.phase + state.phase_done]]
-    summary = {
-        "progress": state.progress.to_json(),
-        "image": vars(state.image),
-        "data": data,
-        "phases_done": done,
-        "keep": keep,
-        "versions": {"vaegan_dist": vaegan_dist.__version__, "torch": torch.__version__},
-    }
-    (folder / "state.json").write_text(json.dumps(summary, indent=1))
-
-
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Adam's moments and step counts by `<network>.<parameter>/<moment>`."""
-    tensors = {}
-    for network, optimizer in state.optimizers.items():
-        for name, parameter in state.networks[network].named_parameters():
-            for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{network}.{name}/{key}"] = value
-    return _contiguous(tensors)
-
-
-def _seal(folder: Path) -> None:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        _sync(path)
-    seal = folder / SEAL
-    seal.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
-    _sync(seal)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def images_of(path: Path) -> int:
+    """The image count in a checkpoint's name; 0 for a name that holds none."""
+    digits = path.name.removeprefix(PREFIX)
+    return int(digits) if digits.isdecimal() else 0
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -160,6 +89,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             progress=Progress.from_json(summary["progress"]),
             data=summary["data"],
             phases_done=tuple(summary["phases_done"]),
+            interval=Interval.from_json(summary["interval"]) if "interval" in summary else None,
+            watch=summary.get("watch", {}),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BrokenCheckpointError(f"checkpoint {path} is not whole: {error}; use an earlier one") from None
@@ -175,8 +106,14 @@ def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
         raise BrokenCheckpointError(
             f"checkpoint {folder}: {name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
         )
-    if _sha256(file) != expected["sha256"]:
+    if sha256(file) != expected["sha256"]:
         raise BrokenCheckpointError(f"checkpoint {folder}: {name} has been changed (sha256 differs)")
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_config(path: Path) -> Config:
@@ -185,14 +122,14 @@ def _read_config(path: Path) -> Config:
     return validate(yaml.safe_load((path / "config.yaml").read_text()))
 
 
-def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+def newest_whole(folder: Path) -> tuple[Checkpoint | None, dict[Path, str]]:
     """The newest checkpoint that is whole, and one line for each newer one that is not."""
-    complaints: list[str] = []
+    complaints: dict[Path, str] = {}
     for path in checkpoints(folder):
         try:
             return open_checkpoint(path), complaints
         except BrokenCheckpointError as error:
-            complaints.append(str(error))
+            complaints[path] = str(error)
     return None, complaints
 
 
@@ -206,7 +143,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
     _load_module(state.networks, checkpoint.path / "model.safetensors", device)
     _load_module(state.ema, checkpoint.path / "ema.safetensors", device)
     _load_optimizers(state, checkpoint.path / "optimizer.safetensors", device)
-    state.progress = checkpoint.progress
+    state.progress = copy.copy(checkpoint.progress)
 
 
 def _load_module(module: nn.Module, path: Path, device: torch.device) -> None:
@@ -246,22 +183,6 @@ def _format(parameter: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def prune(folder: Path, keep_last: int) -> list[Path]:
-    """Remove all but the newest `keep_last` checkpoints and those marked to be kept; return what went."""
-    removed = []
-    for path in checkpoints(folder)[keep_last:]:
-        try:
-            kept = json.loads((path / "state.json").read_text()).get("keep", False)
-        except (OSError, ValueError):
-            kept = False
-        if not kept:
-            # The seal goes first, so that a half-removed checkpoint can never pass for a whole one.
-            (path / SEAL).unlink(missing_ok=True)
-            shutil.rmtree(path, ignore_errors=True)
-            removed.append(path)
-    return removed
-
-
 def load_networks(path: Path, weights: str = "ema") -> tuple[Checkpoint, nn.ModuleDict]:
     """Networks of a checkpoint (or of a run's newest whole one), ready for use on the CPU.
 
@@ -274,7 +195,7 @@ def load_networks(path: Path, weights: str = "ema") -> tuple[Checkpoint, nn.Modu
     else:
         newest, complaints = newest_whole(path)
         if newest is None:
-            why = complaints[0] if complaints else "no folder named checkpoint-<images> in it"
+            why = next(iter(complaints.values())) if complaints else "no folder named checkpoint-<images> in it"
             raise InputError(f"no checkpoint to load at '{path}': {why}; give a run's folder or a checkpoint")
         found = newest
     networks = build_networks(found.config.model, found.image, seed=found.config.run.seed)

@@ -26,6 +26,7 @@ class Progress:
     seconds: float = 0.0
     restarts: int = 0
     skipped_steps: int = 0
+    rollbacks: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -50,6 +51,11 @@ class TrainState:
     ema: nn.ModuleDict
     optimizers: dict[NetworkName, torch.optim.Adam]
     progress: Progress
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.networks.parameters()).device
 
     @property
     def phase(self) -> Phase:
