@@ -1,5 +1,6 @@
 # make train   set up, prepare the embedded digits, train the preset seed-mlp with two workers
 # make test    set up, run every test
+# make chaos   the full set of faults: hundreds of kills, some twenty minutes
 # make check   lint, format and type checks
 # make clean   remove the environment, the data and the runs
 
@@ -7,7 +8,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: train test check format clean
+.PHONY: train test chaos check format clean
 .DEFAULT_GOAL := train
 
 $(READY): pyproject.toml constraints.txt
@@ -22,6 +23,9 @@ train: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+chaos: $(READY)
+	$(BIN)/python -m pytest -m chaos -s tests/chaos
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `vaegan-dist prepare | verify | train | sample | reconstruct`."""
+"""The command line: `vaegan-dist prepare | index | verify | train | sample | reconstruct`."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options, overrides = _parse(sys.argv[1:] if arguments is None else list(arguments))
         return int(options.run(options, overrides))
     except VaeganError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", *getattr(error, "__notes__", ()), sep="\n", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -34,7 +34,7 @@ def _parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = _Parser(prog="vaegan-dist", description="Train VAE-GANs on many GPUs from WebDataset shards.")
     parser.add_argument("--version", action="version", version=f"vaegan-dist {vaegan_dist.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
-    for add in (_add_prepare, _add_verify, _add_train, _add_sample, _add_reconstruct):
+    for add in (_add_prepare, _add_index, _add_verify, _add_train, _add_sample, _add_reconstruct):
         add(subparsers)
     options, rest = parser.parse_known_args(arguments)
     overrides = _overrides(rest)
@@ -75,6 +75,24 @@ def _add_prepare(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
     )
     commands.add_prepare_options(parser)
     parser.set_defaults(run=commands.prepare_command, takes_overrides=False)
+
+
+def _add_index(subparsers: "argparse._SubParsersAction[_Parser]") -> None:
+    parser = subparsers.add_parser(
+        "index",
+        help="write a dataset.json for shards that exist already",
+        description="Write a dataset.json for WebDataset shards that somebody else made, without copying them.",
+    )
+    parser.add_argument(
+        "shards",
+        nargs="+",
+        help="paths with braces (shard-{000000..000146}.tar) or wildcards, or folders of .tar files",
+    )
+    parser.add_argument("--folder", help="where dataset.json goes, the shards below it (default: the shards' folder)")
+    parser.add_argument("--split", default="train", help="what the split is called (default: train)")
+    parser.add_argument("--layout", choices=["auto", "files", "chunks"], default="auto", help="default: auto")
+    parser.add_argument("--overwrite", action="store_true", help="replace a dataset.json that is there")
+    parser.set_defaults(run=commands.index_command, takes_overrides=False)
 
 
 def _add_verify(subparsers: "argparse._SubParsersAction[_Parser]") -> None:

@@ -18,6 +18,7 @@ from vaegan_dist.data.prepare import PrepareOptions, prepare
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.reporting.progress import Progress
 from vaegan_dist.training.describe import Plan, describe
+from vaegan_dist.training.failure import Aftermath
 from vaegan_dist.training.resume import refuse_existing, run_folder
 
 PLAIN_SECONDS = 10.0
@@ -60,6 +61,22 @@ def prepare_command(options: argparse.Namespace, overrides: Sequence[str]) -> in
     return 0
 
 
+def index_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Write a dataset.json for existing shards."""
+    from vaegan_dist.data.existing import index_existing
+
+    path = index_existing(
+        options.shards,
+        folder=options.folder,
+        split=options.split,
+        layout=options.layout,
+        overwrite=options.overwrite,
+    )
+    manifest = read_manifest(path)
+    print(f"{path}: {manifest.samples} pictures in {len(manifest.shards)} shards")
+    return 0
+
+
 def verify_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Check a data set; one line for each problem."""
     from vaegan_dist.data.verify import verify
@@ -68,7 +85,8 @@ def verify_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
         problems = verify(options.dataset, full=options.full, progress=counter)
     for problem in problems:
         print(problem)
-    print(f"{options.dataset}: {'no problem found' if not problems else f'{len(problems)} problems'}")
+    found = {0: "no problem found", 1: "1 problem"}.get(len(problems), f"{len(problems)} problems")
+    print(f"{options.dataset}: {found}")
     return 1 if problems else 0
 
 
@@ -114,13 +132,13 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         refuse_existing(run_folder(config))
     started = time.monotonic()
     progress = Progress(sys.stdout, total_images=config.total_images, run=config.run.name)
-    with closing(progress):
+    with closing(progress), Aftermath(config, progress.update) as aftermath:
         if options.runtime == "ray":
-            outcome = train_on_ray(config, progress.update, options.address, options.worker_logs)
+            outcome = train_on_ray(config, aftermath.note, options.address, options.worker_logs)
         else:
             from vaegan_dist.cluster.runtime import train_local
 
-            outcome = train_local(config, progress.update)
+            outcome = train_local(config, aftermath.note)
     print(_summary(config, outcome.reason, outcome.images_seen, outcome.checkpoint, time.monotonic() - started))
     return STOPPED if outcome.reason == "stopped" else 0
 

@@ -47,7 +47,8 @@ class RunSection(Section):
 
 class DataSection(Section):
     path: str = "data/digits"
-    """prepared data set: a folder that holds train/dataset.json (or dataset.json itself)"""
+    """prepared data set: a folder that holds train/dataset.json (or dataset.json itself), or its URL
+    (s3:// gs:// az:// https:// file://; credentials come from the environment)"""
     streams: Positive | None = None
     """streams of the epoch's order; every worker count that divides it sees the same batches
     (default: the largest divisor of batch_size up to 64)"""
@@ -61,6 +62,10 @@ class DataSection(Section):
     """keep the decoded pictures in memory (default: when they take less than 512 MiB)"""
     max_bad_samples: Count = 0
     """broken samples that may be replaced (each is named and counted) before the run fails"""
+    cache_dir: str | None = None
+    """folder on each node for shards fetched from a URL (default: `shards` in the user's cache folder)"""
+    cache_bytes: Positive = 64 * 2**30
+    """most bytes of fetched shards that a node keeps, shared by its workers"""
 
 
 class TrainingSection(Section):
@@ -77,7 +82,11 @@ class TrainingSection(Section):
     torch_threads: Count = 0
     """threads for tensor operations per worker (0: the CPUs of the worker)"""
     max_skipped_steps: Count = 3
-    """consecutive steps with a non-finite loss or gradient that are skipped before the run fails"""
+    """consecutive steps with a non-finite gradient that are skipped before the run rolls back to its last checkpoint"""
+    max_rollbacks: Count = 2
+    """rollbacks, each with other noise than before, after which the next one is the run's end"""
+    rollback_rate_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """factor on every learning rate for each rollback that the run has behind it"""
 
 
 class ReportingSection(Section):
@@ -96,6 +105,14 @@ class CheckpointSection(Section):
     """images between two checkpoints"""
     keep_last: Positive = 2
     """newest checkpoints kept; the last of each phase is kept as well"""
+    keep_every_images: Count = 0
+    """also keep, for good, the first checkpoint at or after each multiple of this many images; 0: none"""
+    write_attempts: Positive = 3
+    """times that the writing of a checkpoint is tried, while training goes on, before the run fails"""
+    retry_seconds: Weight = 10.0
+    """pause between two such attempts"""
+    write_timeout_seconds: Positive = 1800
+    """time after which a checkpoint that is still being written counts as failed"""
 
 
 class ClusterSection(Section):
@@ -111,6 +128,8 @@ class ClusterSection(Section):
     """time to wait for the workers' resources before the run fails"""
     collective_timeout_seconds: Positive = 600
     """time after which a collective that one rank never joined fails"""
+    step_timeout_seconds: Positive = 300
+    """time without a step after which a rank shows the stacks of its threads and ends"""
 
 
 class MlpModel(Section):
@@ -135,7 +154,7 @@ class ConvModel(Section):
     channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (32, 64)
     """channels of the encoder's stages; the decoder mirrors them"""
     decoder_channels: Annotated[tuple[Positive, ...], Field(min_length=1)] | None = None
-    """channels after each of the decoder's stages (default: mirrors `channels`, the last stage with half of the first)"""
+    """channels after each of the decoder's stages (default: mirrors `channels`, and half of the first at the end)"""
     hidden: Positive = 256
     """width of the encoder's fully connected layer between convolutions and z"""
     discriminator_stem: Count = 0
@@ -155,7 +174,27 @@ class ConvModel(Section):
     (default 0; Karras et al. 2018, arXiv 1710.10196, use 4)"""
 
 
-ModelSection = Annotated[MlpModel | ConvModel, Field(discriminator="network")]
+class KlModel(Section):
+    network: Literal["kl"] = "kl"
+    """latent-diffusion autoencoder (Rombach et al. 2022, arXiv 2112.10752) with a PatchGAN discriminator
+    (Isola et al. 2017, arXiv 1611.07004); weights convert to diffusers' AutoencoderKL and back"""
+    latent_channels: Positive = 4
+    """channels of the latent picture (f8 of Rombach et al. 2022: 4)"""
+    channels: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128, 256, 512, 512)
+    """channels at each resolution, each half of the one before: 3 entries give f4, 4 give f8, 5 give f16"""
+    layers_per_block: Positive = 2
+    """residual blocks at each resolution of the encoder; the decoder has one more (Rombach et al. 2022: 2)"""
+    norm_groups: Positive = 32
+    """groups of the group norms; must divide every entry of `channels` (Rombach et al. 2022: 32)"""
+    discriminator_channels: Positive = 64
+    """channels after the discriminator's first convolution, doubled by each further one up to eight times as many"""
+    discriminator_layers: Positive = 3
+    """convolutions of stride 2 in the discriminator (3: a patch of 70 x 70 pixels, Isola et al. 2017)"""
+    discriminator_norm: Literal["group", "none"] = "group"
+    """normalisation in the discriminator (the paper's batch norm would couple images)"""
+
+
+ModelSection = Annotated[MlpModel | ConvModel | KlModel, Field(discriminator="network")]
 
 
 class ObjectiveSection(Section):
@@ -203,11 +242,19 @@ class ObjectiveSection(Section):
     penalty_interval: Positive = 1
     """steps between two evaluations of r1 and r2, which then count this many times
     (lazy regularisation, Karras et al. 2020, arXiv 1912.04958, there 16)"""
+    beta_neg: Weight = 256.0
+    """introspective: weight of the KL of fake pictures in the encoder's exponential
+    (Daniel & Tamar 2021, arXiv 2012.13253, reference implementation: 256 for pictures of 28 to 128 pixels)"""
+    elbo_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """introspective: factor on every term of both losses (default: 1 / (C H W), as in the reference implementation)"""
+    fake_reconstruction: Weight = 1e-8
+    """introspective: weight of the reconstruction of fake pictures in the decoder's loss
+    (gamma_r of the reference implementation, there 1e-8)"""
     gradient_penalty: Weight = 0.0
     """weight of (|dD/dx| - 1)^2 between real and generated pictures (Gulrajani et al. 2017, arXiv 1704.00028: 10)"""
 
 
-ObjectiveName = Literal["vae", "gan", "vaegan"]
+ObjectiveName = Literal["vae", "gan", "vaegan", "introspective"]
 
 
 class Phase(Section):
@@ -330,6 +377,13 @@ class Config(Section):
             raise ValueError(
                 f"training.gradient_accumulation_steps={accumulation} does not divide the {batch // workers} images "
                 f"per worker; choose a divisor"
+            )
+        group, share = getattr(self.model, "minibatch_std", 0), batch // workers // accumulation
+        if group and share % group and any(phase.objective in ("gan", "vaegan") for phase in self.phases):
+            raise ValueError(
+                f"model.minibatch_std={group} does not divide the {share} images that a worker takes at a time "
+                f"(training.batch_size={batch} / cluster.workers={workers} / gradient_accumulation_steps="
+                f"{accumulation}); choose a divisor of {share}"
             )
         for phase in self.phases:
             try:

@@ -14,10 +14,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from vaegan_dist.config import Config, ConvModel, MlpModel, PhaseSettingsError, merge_tree
+from vaegan_dist.config import Config, ConvModel, KlModel, MlpModel, PhaseSettingsError, merge_tree
 from vaegan_dist.errors import ConfigError
 
-UNION_TAGS = {model.model_fields["network"].default for model in (MlpModel, ConvModel)}
+UNION_TAGS = {model.model_fields["network"].default for model in (MlpModel, ConvModel, KlModel)}
 PRESETS = resources.files("vaegan_dist") / "presets"
 
 

@@ -77,13 +77,15 @@ def test_a_wrong_input_is_one_line_and_exit_code_2(
     assert named in error and error.startswith("error: ") and error.count("\n") == 1
 
 
-def test_dry_run_plans_and_trains_nothing(
-    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_plans_and_trains_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(command(digits, tmp_path, "--dry-run", "--workers", "4")) == 0
     plan = capsys.readouterr().out
     assert "64 streams, 16 for each of 4 workers; 20 steps of 64 per epoch" in plan
-    assert "1280 pictures of 28x28x1" in plan and "GFLOP per image" in plan and f"encoder {784 * 32 + 32 + 2 * (32 * 8 + 8):,}," in plan
+    assert (
+        "1280 pictures of 28x28x1" in plan
+        and "GFLOP per image" in plan
+        and f"encoder {784 * 32 + 32 + 2 * (32 * 8 + 8):,}," in plan
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -95,7 +95,9 @@ def files_set(folder: Path, counts: tuple[int, ...], kind: str = "jpg", channels
     return describe(folder, shards, channels=channels)
 
 
-def chunk_set(folder: Path, counts: tuple[int, ...], per_chunk: int = 7, channels: int = 1, labels: bool = True) -> Path:
+def chunk_set(
+    folder: Path, counts: tuple[int, ...], per_chunk: int = 7, channels: int = 1, labels: bool = True
+) -> Path:
     """A data set of layout `chunks`; picture n is `picture(n)`, its label n % 10."""
     folder.mkdir(parents=True, exist_ok=True)
     shards, number = [], 0

@@ -171,9 +171,8 @@ def test_threads_and_copies_read_the_same(tmp_path, monkeypatch):
     wrong = []
 
     def work(seed):
-        for ids in np.random.default_rng(seed).integers(0, 30, (20, 16)):
-            if data.read(ids).labels.tolist() != (ids % 10).tolist():
-                wrong.append(seed)
+        drawn = np.random.default_rng(seed).integers(0, 30, (20, 16))
+        wrong.extend(seed for ids in drawn if data.read(ids).labels.tolist() != (ids % 10).tolist())
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:

@@ -17,7 +17,9 @@ from vaegan_dist.data.tar import ShardFile, walk
 from vaegan_dist.errors import DataError
 
 FORMATS = {"ustar": tarfile.USTAR_FORMAT, "gnu": tarfile.GNU_FORMAT, "pax": tarfile.PAX_FORMAT}
-names = st.text(st.characters(codec="utf-8", exclude_characters="\0\n", exclude_categories=["Cs"]), min_size=1, max_size=160)
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0\n", exclude_categories=["Cs"]), min_size=1, max_size=160
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -60,10 +62,21 @@ def test_same_samples_as_the_stock_reader(tmp_path):
     folder = files_set(tmp_path / "set", (11,))
     odd = pack(
         tmp_path / "odd.tar",
-        [("b/x.cls", b"2"), ("b/x.png", b"PX"), ("b/x.txt", b"t"), ("readme.md", b"#"), ("a.webp", b"AW"), ("a.cls", b"1")],
+        [
+            ("b/x.cls", b"2"),
+            ("b/x.png", b"PX"),
+            ("b/x.txt", b"t"),
+            ("readme.md", b"#"),
+            ("a.webp", b"AW"),
+            ("a.cls", b"1"),
+        ],
     )
     for path in (folder / "shard-000000.tar", odd):
-        index, keys, data = index_shard(path, path.name, "files"), shard_keys(path, path.name, "files"), path.read_bytes()
+        index, keys, data = (
+            index_shard(path, path.name, "files"),
+            shard_keys(path, path.name, "files"),
+            path.read_bytes(),
+        )
         stock = [s for s in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False) if "cls" in s]
         assert keys == [sample["__key__"] for sample in stock]
         for row, sample in enumerate(stock):

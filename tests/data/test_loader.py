@@ -1,10 +1,11 @@
-"""Batches in step, in threads and processes: resume with other world sizes, errors in one line, nothing left running."""
+"""Batches in step, in threads and processes: resume with other world sizes, errors in one line, nothing left over."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_threads_and_processes_yield_the_same(data):
 
 
 def test_positions_lead_on_at_every_place(data):
-    """200 samples, 8 whole batches: every yielded position continues with the very next batch, over epochs' ends too."""
+    """200 samples, 8 whole batches: every yielded position continues with the very next batch, also in a new epoch."""
     stream = take(batches(data), 20)
     assert [after for after, _ in stream[6:10]] == [Position(0, 168), Position(1, 0), Position(1, 24), Position(1, 48)]
     for place in range(19):
@@ -103,10 +104,10 @@ def test_reading_ahead_is_bounded(data, monkeypatch):
 
 def test_global_generators_are_left_alone(data):
     torch.manual_seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
     take(batches(data, workers=1), 2)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]  # noqa: NPY002
+    assert np.random.get_state()[1].tolist() == before[1]
 
 
 def broken_set(folder: Path, bad=(3, 7)) -> str:
@@ -114,7 +115,10 @@ def broken_set(folder: Path, bad=(3, 7)) -> str:
     members = []
     for n in range(48):
         data = encoded(picture(n))
-        members += [(f"{n:03d}.jpg", data[: len(data) // 2] if n in bad else data), (f"{n:03d}.cls", str(n % 10).encode())]
+        members += [
+            (f"{n:03d}.jpg", data[: len(data) // 2] if n in bad else data),
+            (f"{n:03d}.cls", str(n % 10).encode()),
+        ]
     folder.mkdir()
     return str(describe(folder, [(pack(folder / "a.tar", members), 48)]))
 
@@ -137,7 +141,7 @@ def test_bad_samples_of_readers_are_counted(tmp_path, workers):
     rows = {int(i): image for _, batch in taken for i, image in zip(batch.ids, batch.images, strict=True)}
     assert torch.equal(rows[3], rows[4]) and torch.equal(rows[7], rows[8])
     data = open_dataset(folder, in_memory=False, max_bad_samples=1)
-    with pytest.raises(DataError, match="more bad samples than data.max_bad_samples=1 allows"):
+    with pytest.raises(DataError, match=r"more bad samples than data\.max_bad_samples=1 allows"):
         take(batches(data, workers=workers), 2)
 
 
@@ -146,10 +150,40 @@ def test_a_killed_reader_is_an_error(data):
     next(stream)
     (child,) = multiprocessing.active_children()
     os.kill(child.pid, signal.SIGKILL)
-    with pytest.raises(DataError, match=r"a reader process ended .*data\.loader_workers=0"):
+    with pytest.raises(DataError, match=r"a reader process was killed .*data\.loader_workers=0"):
         for _ in range(100):
             next(stream)
     assert not multiprocessing.active_children()
+
+
+def _holder(folder, pids):
+    """A process that reads by a reader process and is killed."""
+    stream = batches(open_dataset(folder, in_memory=False), workers=1)
+    next(stream)
+    pids.put([child.pid for child in multiprocessing.active_children()])
+    threading.Event().wait(120)
+
+
+def test_readers_end_when_their_parent_is_killed(data):
+    context = multiprocessing.get_context("fork")
+    pids = context.Queue()
+    holder = context.Process(target=_holder, args=(str(data.source), pids))
+    holder.start()
+    (reader,) = pids.get(timeout=60)
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join(60)
+    ended = threading.Event()
+    for _ in range(600):
+        try:
+            state = Path(f"/proc/{reader}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except FileNotFoundError:
+            break
+        if state == "Z":  # ended, and its new parent has not asked yet
+            break
+        ended.wait(0.1)
+    else:
+        os.kill(reader, signal.SIGKILL)
+        pytest.fail("the reader outlived its parent")
 
 
 @settings(max_examples=30, deadline=None)
@@ -207,13 +241,15 @@ def _rank(folder, rendezvous, rank, world_size, position, steps, results):
 @pytest.mark.multiprocess
 def test_four_two_one_three_ranks_see_one_stream(data, tmp_path):
     """Restarts in the middle of epochs with other numbers of ranks: ids and all-reduced gradients of one process."""
-    folder = str(data.folder)
+    folder = str(data.source)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_loader", "torch._dynamo"])  # what DDP imports, once for all ranks
     position, seen = Position(0, 0), []
     for turn, (world_size, steps) in enumerate([(4, 5), (2, 6), (1, 3), (3, 5)]):
         results = context.Queue()
-        arguments = [(folder, tmp_path / f"r{turn}", rank, world_size, position, steps, results) for rank in range(world_size)]
+        arguments = [
+            (folder, tmp_path / f"r{turn}", rank, world_size, position, steps, results) for rank in range(world_size)
+        ]
         ranks = [context.Process(target=_rank, args=some) for some in arguments]
         for process in ranks:
             process.start()
@@ -227,7 +263,7 @@ def test_four_two_one_three_ranks_see_one_stream(data, tmp_path):
         for step in range(steps):
             positions, ids, gradients = zip(*(told[rank][step] for rank in range(world_size)), strict=True)
             assert len(set(positions)) == 1 and len(set(map(tuple, gradients))) == 1
-            seen.append((positions[0], sum(ids, []), gradients[0]))
+            seen.append((positions[0], list(chain.from_iterable(ids)), gradients[0]))
         position = seen[-1][0]
     alone = take(batches(data), 19)
     assert [(after, ids) for after, ids, _ in seen] == [(after, batch.ids.tolist()) for after, batch in alone]

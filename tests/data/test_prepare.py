@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
 
+from vaegan_dist.data.dataset import open_dataset
 from vaegan_dist.data.manifest import read_manifest
 from vaegan_dist.data.plan import make_plan, member_keys
 from vaegan_dist.data.prepare import Prepared, PrepareOptions, prepare
@@ -150,6 +151,20 @@ def test_same_bytes_whatever_the_threads_and_a_mixed_order(tmp_path: Path) -> No
     assert manifest.classes == ("cat", "dog")
     order = [int(sample["cls"]) for sample in stock(tmp_path / "one/train/dataset.json")]
     assert 0 < sum(order[:13]) < 13, "the shards hold one class each: nothing was shuffled"
+
+
+@pytest.mark.parametrize("layout", ["files", "chunks"])
+def test_the_training_reader_sees_the_source(tmp_path: Path, layout: str) -> None:
+    pixels, labels = noise(300, 8, 8, 3), np.arange(300) % 7
+    np.savez(tmp_path / "in.npz", images=pixels, labels=labels)
+    run(tmp_path / "in.npz", tmp_path / "out", layout=layout, encoding="png", shard_samples=128)
+    data = open_dataset(str(tmp_path / "out"))
+    batch = data.read(range(300))
+    places = [int(data.key(sample).removeprefix("in-")) for sample in range(300)]
+    assert sorted(places) == list(range(300))
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), pixels[places])
+    assert batch.labels is not None
+    assert batch.labels.tolist() == labels[places].tolist()
 
 
 def test_shards_end_by_bytes(tmp_path: Path) -> None:

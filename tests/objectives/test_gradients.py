@@ -223,3 +223,25 @@ def test_settings_that_cannot_work_together(keys, train, objective, named):
     with pytest.raises(ConfigError, match=named.replace("+", r"\+")) as error:
         build_objective(phase_of(objective, train), ObjectiveSection(**keys), networks, batch_size=BATCH)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("route", ["gan", "pixel-gamma", "larsen-paper", "to-encoder-gamma"])
+@pytest.mark.parametrize("model", ["mlp", "conv-norm-stem", "conv-minibatch-std"])
+def test_half_precision_points_the_same_way(model, route):
+    """Under bfloat16 autocast, boundaries and seeds keep every network's gradient close to the exact one."""
+    objective, keys = ROUTES[route]
+    networks, x, draw = small_problem(MODELS[model])
+    step = build_objective(phase_of(objective), ObjectiveSection(**keys, r1=0.5), networks, batch_size=BATCH)
+    noise = draw(step)
+    run(step, x, noise)
+    exact = {name: [p.grad.clone() for p in networks[name].parameters()] for name in step.trained}
+    networks.zero_grad()
+    networks.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        total, terms = step(x.float(), {name: value.float() for name, value in noise.items()}, 0)
+    total.backward()
+    assert all(term.dtype == torch.float32 for term in terms.values())
+    for name, gradients in exact.items():
+        rough = torch.cat([p.grad.double().flatten() for p in networks[name].parameters()])
+        reference = torch.cat([gradient.flatten() for gradient in gradients])
+        assert torch.cosine_similarity(rough, reference, dim=0) > 0.95, name

@@ -7,12 +7,14 @@ import torch
 from torch.distributions import Bernoulli, Laplace, Normal
 
 from vaegan_dist.config import ObjectiveSection
-from vaegan_dist.models import Posterior
+from vaegan_dist.models import Decoder, ImageShape, Posterior
 from vaegan_dist.objectives.adversarial import LOSSES
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.penalties import one_centred, zero_centred
 from vaegan_dist.objectives.reconstruction import pixel_loss
 from vaegan_dist.objectives.routing import shared_seed
+
+DECODER = Decoder((1,), ImageShape(1, 4, 4))
 
 
 def normal(*shape, seed=0):
@@ -28,13 +30,13 @@ def test_pixel_losses_are_negative_log_likelihoods():
         "l1": Laplace(mean, 1.0).log_prob(x) + math.log(2),
     }
     for kind, likelihood in likelihoods.items():
-        torch.testing.assert_close(pixel_loss(kind, a, x), -likelihood.flatten(1).sum(1))
+        torch.testing.assert_close(pixel_loss(kind, DECODER, a, x), -likelihood.flatten(1).sum(1))
 
 
 def test_pixel_losses_of_a_half_precision_batch_are_float32():
     a, x = normal(2, 1, 4, 4).bfloat16(), normal(2, 1, 4, 4, seed=1).clamp(-1, 1).bfloat16()
     for kind in ("bernoulli", "l2", "l1"):
-        assert pixel_loss(kind, a, x).dtype == torch.float32
+        assert pixel_loss(kind, DECODER, a, x).dtype == torch.float32
 
 
 def test_beta_schedules():

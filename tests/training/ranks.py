@@ -81,7 +81,7 @@ def steps_of(config: Config, rank: int, world_size: int, dtype: torch.dtype, aro
     for phase in state.remaining_phases():
         step = Step(state, phase, rank, world_size)
         if around_ddp:
-            step.module = step.objective
+            step.modules = list(step.stages)
         while not state.phase_done:
             position, batch = next(batches)
             step.sums.zero_()

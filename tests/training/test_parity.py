@@ -16,14 +16,21 @@ PHASES = (
 )
 
 
+INTROSPECTIVE = (
+    "phases=[{name: vae, objective: vae, images: 192}, {name: joint, objective: introspective, images: 1088}]",
+    "model={network: mlp, latent_dim: 8, hidden: [32]}",
+)
+
+
 def config_of(preset: str, data: Path, *overrides: str) -> Config:
-    """A preset, shortened to 20 steps over three phases."""
+    """A preset, shortened to 20 steps over its kinds of phases."""
+    own = INTROSPECTIVE if preset == "soft-intro-32" else (PHASES,)
     return load_config(
-        preset, overrides=[f"data.path={data}", "training.batch_size=64", PHASES, "cluster.workers=1", *overrides]
+        preset, overrides=[f"data.path={data}", "training.batch_size=64", *own, "cluster.workers=1", *overrides]
     )
 
 
-@pytest.fixture(scope="module", params=["seed-mlp", "digits-conv"])
+@pytest.fixture(scope="module", params=["seed-mlp", "digits-conv", "soft-intro-32"])
 def preset(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

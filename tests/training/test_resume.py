@@ -1,16 +1,13 @@
 """Runs that stop and continue, on another number of workers too, end as if nothing had happened."""
 
-import json
 import pickle
 import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
+from tests.training.runs import config_of, rows_of, tensors_of
 from vaegan_dist.cluster.runtime import train_local
-from vaegan_dist.config import Config
-from vaegan_dist.config_source import load_config
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.reporting.records import Record
 from vaegan_dist.training.checkpoint import BrokenCheckpointError, checkpoints, load_networks, open_checkpoint
@@ -18,8 +15,6 @@ from vaegan_dist.training.loop import Outcome, train
 from vaegan_dist.training.meter import Agreement
 from vaegan_dist.training.resume import refuse_existing, run_folder
 from vaegan_dist.training.runtime import SingleProcess
-
-TIMES = {"seconds", "images_per_second", "data_wait_ratio", "checkpoint_seconds", "path"}
 
 
 class StopsAfter(SingleProcess):
@@ -39,28 +34,12 @@ def ask_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Agreement, "INTERVAL_SECONDS", 0.0)
 
 
-def config_of(digits: Path, storage: Path, *overrides: str) -> Config:
-    settings = [f"data.path={digits}", f"run.storage={storage}", "training.torch_threads=1", "cluster.workers=1"]
-    return load_config("smoke", overrides=[*settings, *overrides])
-
-
 @pytest.fixture(scope="module")
 def whole(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing interrupted."""
     config = config_of(digits, tmp_path_factory.mktemp("whole"))
     assert train(config, SingleProcess()).reason == "done"
     return run_folder(config)
-
-
-def tensors_of(folder: Path) -> dict[str, bytes]:
-    newest = checkpoints(folder)[0]
-    files = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-    return {f"{file}:{k}": v.numpy().tobytes() for file in files for k, v in load_file(newest / file).items()}
-
-
-def rows_of(folder: Path, event: str) -> list[Record]:
-    rows = [json.loads(line) for line in (folder / "history.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows if row["event"] == event]
 
 
 @pytest.mark.parametrize("steps", [5, 16, 23, 33])
@@ -70,8 +49,9 @@ def test_a_stopped_run_continues_to_the_same_bytes(steps: int, whole: Path, digi
     assert stopped.reason == "stopped" and stopped.images_seen == 64 * (steps + 1)
     assert train(config, SingleProcess()).reason == "done"
     assert tensors_of(run_folder(config)) == tensors_of(whole)
-    places = [(row["phase"], row["images_seen"]) for row in rows_of(run_folder(config), "train")]
-    assert places == [(row["phase"], row["images_seen"]) for row in rows_of(whole, "train")]
+    assert rows_of(run_folder(config), "train") == rows_of(whole, "train")
+    stop = [row for row in rows_of(run_folder(config)) if row not in rows_of(whole)]
+    assert [(row["event"], row["images_seen"]) for row in stop] in ([], [("checkpoint", stopped.images_seen)])
     assert open_checkpoint(checkpoints(run_folder(config))[0]).progress.restarts == 1
 
 
@@ -82,7 +62,11 @@ def test_a_run_continues_on_another_number_of_workers(whole: Path, digits: Path,
     two = config_of(digits, tmp_path, "cluster.workers=2")
     assert train_local(two, records.append).reason == "done"
     assert [r["images_seen"] for r in records if r["event"] == "resume"] == [640]
-    losses = [row["loss_rec"] for row in rows_of(run_folder(two), "train") if "loss_rec" in row]
+    rows, before = rows_of(run_folder(two), "train"), rows_of(whole, "train")
+    # The interval that one worker began and two ended: the same sums, but for float32 rounding of its last steps.
+    for one, both in list(zip(before, rows, strict=True))[:2]:
+        assert both["loss_rec"] == pytest.approx(one["loss_rec"], rel=1e-4)
+    losses = [row["loss_rec"] for row in rows if "loss_rec" in row]
     alone = [row["loss_rec"] for row in rows_of(whole, "train") if "loss_rec" in row]
     # float32 sums in another order: the same run up to rounding, which training makes grow
     assert losses[-1] == pytest.approx(alone[-1], rel=2e-2)
@@ -182,14 +166,6 @@ def test_networks_load_from_a_run_and_from_a_checkpoint(whole: Path) -> None:
     assert averaged["decoder"].state_dict().keys() == raw["decoder"].state_dict().keys()
     pairs = zip(averaged["decoder"].parameters(), raw["decoder"].parameters(), strict=True)
     assert any((a != b).any() for a, b in pairs)
-
-
-def test_a_gradient_that_is_not_finite_is_skipped_and_ends_the_run_when_it_stays(
-    digits: Path, tmp_path: Path
-) -> None:
-    huge = config_of(digits, tmp_path, "optimizer.learning_rate=1e30", "run.name=huge")
-    with pytest.raises(Exception, match=r"phase vae: \d+ steps in a row .*optimizer\.learning_rate"):
-        train(huge, SingleProcess())
 
 
 def test_outcome_names_the_newest_checkpoint(whole: Path, digits: Path, tmp_path: Path) -> None:

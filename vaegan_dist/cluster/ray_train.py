@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from vaegan_dist.training.loop import Outcome, train
 from vaegan_dist.training.resume import run_folder
 
 POLL_SECONDS = 0.5
+TELL_SECONDS = 1.0  # for a message that is on its way when its process ends
 
 
 class RayRuntime:
@@ -67,10 +69,15 @@ class RayRuntime:
         self._asked = None
         return answer
 
+    def abandon(self, message: str) -> None:
+        """Tell the driver and end; Ray Train starts the workers again, because a hang may not come back."""
+        self.hub.publish.remote({"event": "warning", "message": message})
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        time.sleep(TELL_SECONDS)
+        os._exit(1)
 
-def train_on_ray(
-    config: Config, on_record: OnRecord, address: str = "auto", worker_logs: bool = False
-) -> Outcome:
+
+def train_on_ray(config: Config, on_record: OnRecord, address: str = "auto", worker_logs: bool = False) -> Outcome:
     """Train on a Ray cluster and return how it ended; the driver's side.
 
     Args:

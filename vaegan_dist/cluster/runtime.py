@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing.connection import wait
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -39,6 +40,7 @@ class LocalRuntime:
     device: torch.device
     on_record: OnRecord
     stop: threading.Event | Event
+    leave: Callable[[VaeganError], None] | None = None
 
     def publish(self, record: Record) -> None:
         """Hand the record to the watcher."""
@@ -50,6 +52,13 @@ class LocalRuntime:
     def stop_requested(self) -> bool:
         """Whether a signal came."""
         return self.stop.is_set()
+
+    def abandon(self, message: str) -> None:
+        """Tell the parent, or standard error, and end this process at once."""
+        if self.leave is not None:
+            self.leave(VaeganError(message))
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def train_local(config: Config, on_record: OnRecord) -> Outcome:
@@ -171,8 +180,13 @@ def _watch(ranks: list[Any], mailbox: _Mailbox) -> Outcome:
         died = [process for process in ranks if process.exitcode not in (None, 0)]
         if died:
             mailbox.empty()
-            raise mailbox.failure or VaeganError(
-                f"{died[0].name} {_how_it_ended(died[0].exitcode)}; run the same command again to continue from the "
+            # A rank that was killed is the cause; what the others say then is only that they lost it.
+            killed = [process for process in ranks if (process.exitcode or 0) < 0]
+            if mailbox.failure is not None and not killed:
+                raise mailbox.failure
+            first = (killed or died)[0]
+            raise VaeganError(
+                f"{first.name} {_how_it_ended(first.exitcode)}; run the same command again to continue from the "
                 f"last checkpoint"
             )
     mailbox.empty()
@@ -182,7 +196,10 @@ def _watch(ranks: list[Any], mailbox: _Mailbox) -> Outcome:
 
 
 def _how_it_ended(code: int) -> str:
-    return f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+    if code >= 0:
+        return f"on {socket.gethostname()} exited with code {code}"
+    hint = " (the system does that when memory runs out)" if -code == signal.SIGKILL else ""
+    return f"on {socket.gethostname()} was killed by {signal.Signals(-code).name}{hint}"
 
 
 def _rank_main(config: Config, rank: int, address: str, messages: Messages, stop: Event) -> None:
@@ -192,27 +209,27 @@ def _rank_main(config: Config, rank: int, address: str, messages: Messages, stop
     world_size = config.cluster.workers
     try:
         runtime = _prepare_rank(config, rank, world_size, rank, lambda record: messages.put(record), stop)
+        runtime.leave = partial(_tell_and_leave, messages)
         _join_group(config, runtime.device, address, rank, world_size)
         outcome = train(config, runtime)
         if rank == 0:
             messages.put(outcome)
         dist.destroy_process_group()
     except VaeganError as error:
-        failure = type(error)(f"rank {rank}: {error}")
-        messages.put(failure)
-        _leave(messages, failure.exit_code)
+        _tell_and_leave(messages, type(error)(f"rank {rank} on {socket.gethostname()}: {error}"))
     except Exception as error:
         traceback.print_exc()
-        messages.put(VaeganError(f"rank {rank}: {type(error).__name__}: {error}"))
-        _leave(messages, 1)
+        cause = f"{type(error).__name__}: {error}"
+        _tell_and_leave(messages, VaeganError(f"rank {rank} on {socket.gethostname()}: {cause}"))
 
 
-def _leave(messages: Messages, code: int) -> None:
+def _tell_and_leave(messages: Messages, failure: VaeganError) -> None:
     """End now: the other ranks may wait in a collective that this one will never join."""
+    messages.put(failure)
     messages.close()
     messages.join_thread()
     sys.stderr.flush()
-    os._exit(code)
+    os._exit(failure.exit_code)
 
 
 def _die_with_parent() -> None:

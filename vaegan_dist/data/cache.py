@@ -15,6 +15,10 @@ from pathlib import Path
 CACHE_VARIABLE = "VAEGAN_CACHE"
 
 
+class NotFetchedError(Exception):
+    """A forked reader, which cannot download, found a shard missing in the cache."""
+
+
 def content_key(*parts: object) -> str:
     """A file name from what the content depends on."""
     return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

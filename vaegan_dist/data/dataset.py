@@ -6,9 +6,11 @@ next good one of its shard: the same one on every rank, in every epoch, after ev
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +23,19 @@ from vaegan_dist.data.index import BAD_LABEL, LOST, NO_LABEL, PICTURE_KINDS, RAW
 from vaegan_dist.data.manifest import Manifest, find_manifest, read_manifest
 from vaegan_dist.data.memory import Decoded, load_decoded
 from vaegan_dist.data.shards import Shards
+from vaegan_dist.data.urls import CACHE_BYTES, is_remote, local_path
 from vaegan_dist.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from vaegan_dist.data.store import RemoteShards
 
 log = logging.getLogger(__name__)
 
 IN_MEMORY_BYTES = 512 * 2**20
 """Decoded size below which a data set is kept in memory unless `in_memory` says otherwise"""
+
+SHARDS_AHEAD = 8
+"""Shards that are fetched ahead where samples are read in their own order"""
 
 Ids = Sequence[int] | npt.NDArray[np.int64]
 
@@ -42,6 +51,12 @@ class Batch:
     labels: Tensor | None
     """int64 [b]; None where the data set has no classes"""
 
+    @classmethod
+    def of(cls, pixels: Pixels, ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None) -> "Batch":
+        """A batch around arrays, pixels `[b, H, W, C]`, without a copy."""
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        return cls(images, torch.from_numpy(ids), None if labels is None else torch.from_numpy(labels))
+
     def pin_memory(self) -> "Batch":
         """The same batch in page-locked memory, in the same memory order."""
         pixels = self.images.permute(0, 2, 3, 1).pin_memory().permute(0, 3, 1, 2)
@@ -51,14 +66,16 @@ class Batch:
 class ShardDataset(torch.utils.data.Dataset[Batch]):
     """Random access to the pictures of a manifest's shards. Make it with `open_dataset`."""
 
-    def __init__(self, folder: Path, manifest: Manifest, *, in_memory: bool | None, max_bad_samples: int) -> None:
-        self.folder, self.manifest, self.max_bad_samples = folder, manifest, max_bad_samples
+    def __init__(
+        self, source: "Path | RemoteShards", manifest: Manifest, *, in_memory: bool | None, max_bad_samples: int
+    ) -> None:
+        self.source, self.manifest, self.max_bad_samples = source, manifest, max_bad_samples
         self.shard_samples = tuple(shard.samples for shard in manifest.shards)
         self._ends = np.cumsum(np.array(self.shard_samples, np.int64))
-        self._shards = Shards(folder, manifest, tolerant=max_bad_samples > 0)
+        self._shards = Shards(source, manifest, tolerant=max_bad_samples > 0)
         self._bad: dict[int, str] = {}
         self._decoded: Decoded | None = None
-        size = manifest.samples * manifest.height * manifest.width * manifest.channels
+        size = manifest.samples * math.prod(self.picture_shape)
         if size < IN_MEMORY_BYTES if in_memory is None else in_memory:
             self._decoded = load_decoded(self, manifest, self._shards.modified)
             self.note_bad_samples(self._decoded.bad)
@@ -74,6 +91,11 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
         return self.read(ids)
 
     @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Height, width, channels of every picture."""
+        return self.manifest.height, self.manifest.width, self.manifest.channels
+
+    @property
     def in_memory(self) -> bool:
         """Whether the decoded pictures are held in memory."""
         return self._decoded is not None
@@ -82,6 +104,11 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
     def bad_samples(self) -> Mapping[int, str]:
         """Samples that were replaced, by id, each with shard, member, offset and cause."""
         return dict(self._bad)
+
+    @property
+    def ignored(self) -> Mapping[str, int]:
+        """Members that were passed over by rule in the shards opened so far, counted by what they were."""
+        return self._shards.ignored()
 
     def note_bad_samples(self, found: Mapping[int, str]) -> None:
         """Count bad samples that this object, another process or another rank has found.
@@ -96,6 +123,56 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
                 raise DataError(self._over_budget(cause))
             self._bad[sample] = cause
             log.warning("bad sample %d of %d allowed, replaced: %s", len(self._bad), self.max_bad_samples, cause)
+
+    def after_fork(self) -> None:
+        """Make a forked copy usable, whatever another thread of the parent was doing at that moment."""
+        self._shards.after_fork()
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading fetches shards from elsewhere."""
+        return self._decoded is None and self._shards.remote is not None
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch these shards, soonest needed first, as many as fit; nothing to do for a local data set."""
+        if self.remote:
+            self._shards.prefetch(shards)
+
+    def prefetch_from(self, sample: int) -> None:
+        """Begin to fetch the shards of this sample and of those after it."""
+        if self.remote:
+            first = int(np.searchsorted(self._ends, sample, side="right"))
+            self.prefetch(range(first, min(first + SHARDS_AHEAD, len(self.shard_samples))))
+
+    def stop_prefetch(self) -> None:
+        """Forget what was to be fetched and has not begun."""
+        if self._shards.remote is not None:
+            self._shards.remote.cancel()
+
+    def share_cache(self, ranks: int, shards: Sequence[int]) -> None:
+        """Share the cache among so many ranks; say so if `shards`, read at the same time, do not fit one's part."""
+        if self._shards.remote is None:
+            return
+        self._shards.remote.ranks = ranks
+        needed, share = sum(self.manifest.shards[number].bytes for number in set(shards)), self._shards.remote.share
+        if needed > share:
+            log.warning(
+                "%d shards of %d bytes are read at the same time, this process's share of the cache holds %d: shards "
+                "will be fetched again and again; make data.cache_bytes larger, or data.streams or data.block_shards "
+                "smaller",
+                len(set(shards)),
+                needed,
+                share,
+            )
+
+    def fetch_for(self, ids: Ids) -> None:
+        """Have the shards of these samples on this node, now."""
+        self._shards.fetch(np.unique(np.searchsorted(self._ends, np.asarray(ids), side="right")).tolist())
+
+    def close(self) -> None:
+        """Fetch nothing any more."""
+        if self._shards.remote is not None:
+            self._shards.remote.close()
 
     def key(self, sample: int) -> str:
         """Key of a sample: its name in the archive up to the first dot.
@@ -118,22 +195,19 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
             DataError: a bad sample over the budget, or a shard that cannot be read.
         """
         wanted = np.array(ids, np.int64)
-        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        pixels = np.empty((len(wanted), *self.picture_shape), np.uint8)
+        return Batch.of(pixels, wanted, self.read_into(wanted, pixels))
+
+    def read_into(self, ids: npt.NDArray[np.int64], pixels: Pixels) -> npt.NDArray[np.int64] | None:
+        """`read` into a buffer uint8 `[b, H, W, C]`; returns the labels, int64 `[b]`, or None without classes."""
+        outside = ids[(ids < 0) | (ids >= len(self))]
         if outside.size:
             raise InputError(f"sample {outside[0]} of a data set of {len(self)}; ids begin at 0")
-        manifest = self.manifest
-        pixels = np.empty((len(wanted), manifest.height, manifest.width, manifest.channels), np.uint8)
-        if self._decoded is not None:
-            # mode="clip" writes to `out` without a buffer; the ids were checked
-            np.take(self._decoded.pixels, wanted, axis=0, out=pixels, mode="clip")
-            labels = None if self._decoded.labels is None else self._decoded.labels[wanted]
-        else:
-            labels = self._read_rows(wanted, pixels)
-        return Batch(
-            torch.from_numpy(pixels).permute(0, 3, 1, 2),
-            torch.from_numpy(wanted),
-            None if labels is None else torch.from_numpy(labels),
-        )
+        if self._decoded is None:
+            return self._read_rows(ids, pixels)
+        # mode="clip" writes to `out` without a buffer between; the ids were checked
+        np.take(self._decoded.pixels, ids, axis=0, out=pixels, mode="clip")
+        return None if self._decoded.labels is None else self._decoded.labels[ids]
 
     def _read_rows(self, wanted: npt.NDArray[np.int64], pixels: Pixels) -> npt.NDArray[np.int64] | None:
         """Decode samples into rows of a buffer; returns their labels."""
@@ -210,19 +284,33 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
 
 
 def open_dataset(
-    path: str, split: str = "train", *, in_memory: bool | None = None, max_bad_samples: int = 0
+    path: str,
+    split: str = "train",
+    *,
+    in_memory: bool | None = None,
+    max_bad_samples: int = 0,
+    cache_dir: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> ShardDataset:
     """Open a prepared data set.
 
     Args:
-        path: its folder, or a dataset.json.
+        path: its folder, or a dataset.json; or the URL of a folder: s3:// gs:// az:// https:// file://
         split: train, validation, …
         in_memory: hold the decoded pictures in memory, shared by the node's processes; None: if below 512 MiB.
         max_bad_samples: bad samples that may be replaced; with more the run ends.
+        cache_dir: folder for fetched shards; default: `shards` in this user's cache folder.
+        cache_bytes: most bytes of fetched shards that are kept.
 
     Raises:
-        InputError: no data set, or a shard is missing.
+        InputError: no data set, no access, or a shard is missing.
         DataError: a shard is not what the manifest says, or (in memory) has more bad samples than may be replaced.
     """
-    place = find_manifest(path, split)
+    if is_remote(path):
+        from vaegan_dist.data.store import RemoteShards  # the object stores' client: only who needs it loads it
+
+        cache = None if cache_dir is None else Path(cache_dir).expanduser()
+        remote = RemoteShards(path, split, cache=cache, cache_bytes=cache_bytes)
+        return ShardDataset(remote, remote.manifest, in_memory=in_memory, max_bad_samples=max_bad_samples)
+    place = find_manifest(local_path(path), split)
     return ShardDataset(place.parent, read_manifest(place), in_memory=in_memory, max_bad_samples=max_bad_samples)

@@ -1,7 +1,6 @@
 """A dataset.json for WebDataset shards that somebody else wrote, where they lie: nothing is copied or changed."""
 
 import glob
-import hashlib
 import io
 import os
 from collections import Counter
@@ -18,7 +17,7 @@ from PIL import Image
 
 from vaegan_dist.data.images import is_grey
 from vaegan_dist.data.index import BAD_LABEL, NO_LABEL, PICTURE_KINDS, ShardIndex, index_shard, npy_header, shard_keys
-from vaegan_dist.data.manifest import MANIFEST_NAME, Layout, Manifest, ShardInfo, write_manifest
+from vaegan_dist.data.manifest import MANIFEST_NAME, Layout, Manifest, ShardInfo, file_sha256, write_manifest
 from vaegan_dist.data.tar import ShardFile
 from vaegan_dist.errors import DataError, InputError
 
@@ -136,10 +135,7 @@ def _look(path: Path, name: str, layout: Layout) -> _Seen:
     if not index.samples:
         passed = ", ".join(f"{count} {what}" for what, count in index.notes.items()) or "nothing"
         raise InputError(f"{path}: holds no pictures (passed over: {passed}); leave it out")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        size = file.tell()
-    info = ShardInfo(name=name, samples=index.samples, bytes=size, sha256=digest)
+    info = ShardInfo(name=name, samples=index.samples, bytes=path.stat().st_size, sha256=file_sha256(path))
     if index.shape is not None:
         return _Seen(info, index, {index.shape: name})
     keys = shard_keys(path, name, layout)

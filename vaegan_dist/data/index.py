@@ -101,13 +101,18 @@ def index_shard(path: Path, name: str, layout: Layout, *, tolerant: bool = False
     Raises:
         DataError: unreadable, damaged, or members that contradict each other; names shard, member and offset.
     """
+    with ShardFile(path, name) as file:
+        return index_file(file, layout, tolerant=tolerant)
+
+
+def index_file(file: ShardFile, layout: Layout, *, tolerant: bool = False) -> ShardIndex:
+    """`index_shard` of a shard that is open."""
     notes = Notes()
     faults: list[str] = []
-    with ShardFile(path, name) as file:
-        members = _members(file, notes, faults if tolerant else None)
-        if layout == "files":
-            return _index_pictures(_pictures(file, members, faults), notes, faults)
-        return _index_chunks(file, _chunks(file, members), notes, faults)
+    members = _members(file, notes, faults if tolerant else None)
+    if layout == "files":
+        return _index_pictures(_pictures(file, members, faults), notes, faults)
+    return _index_chunks(file, _chunks(file, members), notes, faults)
 
 
 def shard_keys(path: Path, name: str, layout: Layout) -> list[str]:
@@ -115,37 +120,46 @@ def shard_keys(path: Path, name: str, layout: Layout) -> list[str]:
 
     Walks as far as the shard can be read. Raises DataError where a chunk's keys are not what they must be.
     """
-    faults: list[str] = []
     with ShardFile(path, name) as file:
-        members = _members(file, Notes(), faults)
-        if layout == "files":
-            return [picture.key for picture, _ in _pictures(file, members, faults)]
-        return [key for chunk in _chunks(file, members) for key in _chunk_keys(file, chunk)]
+        return file_keys(file, layout)
+
+
+def file_keys(file: ShardFile, layout: Layout) -> list[str]:
+    """`shard_keys` of a shard that is open."""
+    faults: list[str] = []
+    members = _members(file, Notes(), faults)
+    if layout == "files":
+        return [picture.key for picture, _ in _pictures(file, members, faults)]
+    return [key for chunk in _chunks(file, members) for key in _chunk_keys(file, chunk)]
+
+
+def _walk(file: ShardFile, faults: list[str] | None) -> Iterator[Member]:
+    """The walk; where faults are collected, it ends at the first one."""
+    try:
+        yield from walk(file)
+    except DataError as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
 
 
 def _members(file: ShardFile, notes: Notes, faults: list[str] | None) -> Iterator[tuple[str, str, Member]]:
     """Key, extension and place of the members that count; each name once."""
     seen: dict[str, int] = {}
-    try:
-        for member in walk(file):
-            key, extension = split_name(member.name)
-            if member.type is not None:
-                notes.add(member.type)
-            elif not extension or (key.rpartition("/")[2].startswith("__") and key.endswith("__")):
-                notes.add("no extension" if not extension else "webdataset's own")
-            elif extension not in MEMBER_KINDS:
-                notes.add(f".{extension[:16]}")
-            elif (name := f"{key}.{extension}") in seen:
-                raise file.error(
-                    member.header, f"the same name as the member at byte {seen[name]}", "keep one of them", member.name
-                )
-            else:
-                seen[name] = member.header
-                yield key, extension, member
-    except DataError as error:
-        if faults is None:
-            raise
-        faults.append(str(error))
+    for member in _walk(file, faults):
+        key, extension = split_name(member.name)
+        if member.type is not None:
+            notes.add(member.type)
+        elif not extension or (key.rpartition("/")[2].startswith("__") and key.endswith("__")):
+            notes.add("no extension" if not extension else "webdataset's own")
+        elif extension not in MEMBER_KINDS:
+            notes.add(f".{extension[:16]}")
+        elif (name := f"{key}.{extension}") in seen:
+            cause = f"the same name as the member at byte {seen[name]}"
+            raise file.error(member.header, cause, "keep one of them", member.name)
+        else:
+            seen[name] = member.header
+            yield key, extension, member
 
 
 def _pictures(
@@ -202,9 +216,10 @@ def _chunks(file: ShardFile, members: Iterable[tuple[str, str, Member]]) -> list
             groups.setdefault(key, {})[extension] = member
     chunks = []
     for key, group in groups.items():
-        if (member := group.get("images.npy")) is None:
+        if "images.npy" not in group:
             first = next(iter(group.values()))
             raise file.error(first.header, "a chunk without images.npy", "remove it or add it", first.name)
+        member = group["images.npy"]
         shape, offset = _npy(file, member, np.dtype(np.uint8), 4)
         labels = None
         if "labels.npy" in group:

@@ -3,29 +3,28 @@
 Nothing that is read ahead is state: the position is (epoch, images consumed), and the order is a function of it.
 """
 
+import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
-from itertools import count
-from typing import Any, TypeVar
+from itertools import chain, count
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from vaegan_dist.data.dataset import Batch, Ids, ShardDataset
-from vaegan_dist.data.order import EpochOrder
-from vaegan_dist.errors import DataError, InputError, VaeganError
+from vaegan_dist.data.order import WINDOW_STEPS, EpochOrder
+from vaegan_dist.data.processes import read_in_processes
+from vaegan_dist.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 VALIDATION_PREFETCH = 2
-STUCK_SECONDS = 600
-"""Time after which a reader process that delivers nothing is taken for stuck"""
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,23 @@ def train_batches(
         for epoch in count(position.epoch):
             batches = order(epoch)
             for step in range(first, batches.steps):
+                if step == first or step % WINDOW_STEPS == 0:
+                    dataset.prefetch(ahead(epoch, step))
                 end = step + 1 == batches.steps
                 after = Position(epoch + 1, 0) if end else Position(epoch, (step + 1) * batch_size)
                 yield after, batches.batch(step, rank, world_size)
             first = 0
 
+    def ahead(epoch: int, step: int) -> Iterator[int]:
+        """Shards in the order in which they are needed, to the end of the next epoch."""
+        for later, first in ((epoch, step), (epoch + 1, 0)):
+            yield from chain.from_iterable(order(later).shards_ahead(first, rank, world_size))
+
     order(position.epoch).batch(0, rank, world_size)  # what cannot work fails here, not at the first batch
-    return _run(dataset, walk, loader_workers, prefetch, pin_memory)
+    if dataset.remote:
+        now = order(position.epoch).shards_ahead(position.consumed // batch_size, rank, world_size)
+        dataset.share_cache(int(os.environ.get("LOCAL_WORLD_SIZE", world_size)), next(now, []))
+    return _run(dataset, walk(), loader_workers, prefetch, pin_memory)
 
 
 def validation_batches(
@@ -110,6 +119,7 @@ def validation_batches(
 
     def walk() -> Iterator[tuple[Tensor, Ids]]:
         for first in range(0, total, rows * world_size):
+            dataset.prefetch_from(first)
             ids = first + rank * rows + np.arange(rows, dtype=np.int64)
             yield torch.from_numpy(ids < total), np.minimum(ids, total - 1)
 
@@ -119,21 +129,19 @@ def validation_batches(
 
 
 def _run(
-    dataset: ShardDataset,
-    walk: Callable[[], Iterator[tuple[Position, Ids]]],
-    workers: int,
-    prefetch: int,
-    pin_memory: bool,
+    dataset: ShardDataset, walk: Iterator[tuple[Position, Ids]], workers: int, prefetch: int, pin_memory: bool
 ) -> Generator[tuple[Position, Batch], None, None]:
-    if workers:
-        yield from _processes(dataset, walk, workers, prefetch, pin_memory)
-        return
-
     def read(ids: Ids) -> Batch:
         batch = dataset.read(ids)
         return batch.pin_memory() if pin_memory else batch
 
-    yield from _threaded(walk(), read, prefetch)
+    try:
+        if workers:
+            yield from read_in_processes(dataset, walk, workers, prefetch, pin_memory)
+        else:
+            yield from _threaded(walk, read, prefetch)
+    finally:
+        dataset.stop_prefetch()
 
 
 def _threaded(
@@ -153,94 +161,3 @@ def _threaded(
                 yield done, future.result()
         finally:
             reader.shutdown(wait=True, cancel_futures=True)
-
-
-@dataclass(frozen=True)
-class _Delivery:
-    """What a reader process sends: a batch or an error line, and the bad samples that it has met so far."""
-
-    batch: Batch | None
-    error: VaeganError | None
-    bad: Mapping[int, str]
-
-    def pin_memory(self) -> "_Delivery":
-        return _Delivery(self.batch.pin_memory() if self.batch else None, self.error, self.bad)
-
-
-class _Reader(Dataset[_Delivery]):
-    """The data set as reader processes see it: errors travel as values, since a DataLoader would bury their one line
-    in a traceback of its own."""
-
-    def __init__(self, dataset: ShardDataset) -> None:
-        self.dataset = dataset
-        self.told = 0
-
-    def __getitem__(self, index: int) -> _Delivery:
-        return self.__getitems__([index])
-
-    def __getitems__(self, ids: Ids) -> _Delivery:
-        try:
-            batch = self.dataset.read(ids)
-        except VaeganError as error:
-            return _Delivery(None, error, {})
-        bad = self.dataset.bad_samples
-        news, self.told = (bad if len(bad) > self.told else {}), len(bad)
-        return _Delivery(batch, None, news)
-
-
-class _Ids:
-    """The batch sampler: only the ids of the walk. A DataLoader runs ahead of what is consumed with it."""
-
-    def __init__(self, walk: Callable[[], Iterator[tuple[Position, Ids]]]) -> None:
-        self.walk = walk
-
-    def __iter__(self) -> Iterator[Ids]:
-        return (ids for _, ids in self.walk())
-
-
-def _as_is(delivery: Any) -> Any:
-    """In place of collation: the batch is one already."""
-    return delivery
-
-
-def _processes(
-    dataset: ShardDataset,
-    walk: Callable[[], Iterator[tuple[Position, Ids]]],
-    workers: int,
-    prefetch: int,
-    pin_memory: bool,
-) -> Generator[tuple[Position, Batch], None, None]:
-    """Batches in order from reader processes. The order is walked twice: by the sampler ahead, and here in step."""
-    loader = DataLoader(
-        _Reader(dataset),
-        batch_sampler=_Ids(walk),  # type: ignore[arg-type]
-        num_workers=workers,
-        prefetch_factor=prefetch,
-        persistent_workers=True,
-        pin_memory=pin_memory,
-        collate_fn=_as_is,
-        timeout=STUCK_SECONDS,
-        generator=torch.Generator().manual_seed(0),  # else iter() would draw from the global generator
-    )
-    # Started from a thread of its own: from the main thread a DataLoader installs a SIGCHLD handler that raises in the
-    # middle of whatever runs when a reader dies. Without it the death is found here, in `next`.
-    with ThreadPoolExecutor(1) as starter:
-        deliveries = starter.submit(iter, loader).result()
-    try:
-        for after, _ in walk():
-            try:
-                delivery = next(deliveries)
-            except RuntimeError as error:  # a reader was killed or is stuck
-                cause = " ".join(str(error).split())[:200]
-                raise DataError(
-                    f"a reader process ended ({cause}); give the node more memory or set data.loader_workers=0"
-                ) from None
-            dataset.note_bad_samples(delivery.bad)
-            if delivery.error is not None:
-                raise delivery.error
-            assert delivery.batch is not None
-            yield after, delivery.batch
-    finally:
-        # The processes end with the iterator; the loader keeps a reference to it while workers are persistent.
-        loader._iterator = None
-        del deliveries

@@ -1,5 +1,6 @@
 """dataset.json: what a data set consists of. Written last and atomically, so that its presence means "complete"."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -149,3 +150,9 @@ def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     path = Path(folder) / MANIFEST_NAME
     write_whole(path, text.encode())
     return path
+
+
+def file_sha256(path: Path) -> str:
+    """The hash of a file as a manifest states it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,7 @@ Only (epoch, images consumed) has to be saved to continue, with any number of ra
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -53,6 +53,7 @@ class _Layout(NamedTuple):
     """Where shards, streams and blocks lie in the epoch's list of samples."""
 
     samples: int
+    shards: Ids  # shard at each place of the epoch's order
     shard_starts: Ids  # first sample id of the shard at each place of the epoch's order
     place_ends: Ids  # where that shard ends in the epoch's list
     stream_ends: Ids  # 0 first
@@ -112,7 +113,32 @@ class EpochOrder:
         if window is None or kept != number:
             window = self._window(number, rank, world_size)
             self._windows[rank, world_size] = number, window
-        return window[step - number * WINDOW_STEPS]
+        rows: Ids = window[step - number * WINDOW_STEPS]
+        return rows
+
+    def shards_ahead(self, step: int, rank: int = 0, world_size: int = 1) -> Iterator[list[int]]:
+        """Shards that this rank's rows come from, from `step` on: those of the blocks that its streams are in, then
+        those of the blocks after them, and so on. A shard at the end of a block comes again with the next."""
+        layout, own, share = self._layout, self.streams // world_size, self.batch_size // self.streams
+        starts = layout.stream_ends[rank * own : (rank + 1) * own] + step * share
+        ends = layout.stream_ends[rank * own + 1 : (rank + 1) * own + 1]
+        blocks = np.searchsorted(layout.block_ends, starts, side="right") - 1
+        last = np.searchsorted(layout.block_ends, ends - 1, side="right") - 1
+        while (running := blocks <= last).any():
+            yield [shard for block in np.unique(blocks[running]).tolist() for shard in self._block_shards(block)]
+            blocks += 1
+
+    def _block_shards(self, block: int) -> list[int]:
+        layout = self._layout
+        low, high = self._block_places(block)
+        return [int(shard) for shard in layout.shards[low:high]]
+
+    def _block_places(self, block: int) -> tuple[int, int]:
+        """Places in the epoch's order of shards that a block's samples come from."""
+        layout = self._layout
+        first, last = int(layout.block_ends[block]), int(layout.block_ends[block + 1])
+        low = int(np.searchsorted(layout.place_ends, first, side="right"))
+        return low, int(np.searchsorted(layout.place_ends, last, side="left")) + 1
 
     def _window(self, number: int, rank: int, world_size: int) -> Ids:
         """A rank's rows of WINDOW_STEPS batches (fewer at the epoch's end): int64 [steps, rows]."""
@@ -140,7 +166,7 @@ class EpochOrder:
         stream_ends = samples * np.arange(self.streams + 1, dtype=np.int64) // self.streams
         blocks = max(1, len(counts) // self.block_shards)
         starts, ends = np.cumsum(counts) - counts, np.cumsum(counts[shards])
-        return _Layout(samples, starts[shards], ends, stream_ends, _block_ends(stream_ends, blocks))
+        return _Layout(samples, shards, starts[shards], ends, stream_ends, _block_ends(stream_ends, blocks))
 
     def _rows(self, stream: int, start: int, count: int) -> Ids:
         """`count` samples of a stream from its row `start` on, out of one block or of several."""
@@ -166,8 +192,7 @@ class EpochOrder:
         ids = permutation(last - first, derive_seed(self.seed, "order.block", self.epoch, block))
         ids += first
         # From places in the epoch's list to sample ids: a place keeps its distance from the end of its shard.
-        low = int(np.searchsorted(layout.place_ends, first, side="right"))
-        high = int(np.searchsorted(layout.place_ends, last, side="left")) + 1
+        low, high = self._block_places(block)
         ends, starts = layout.place_ends[low:high], layout.shard_starts[low:high]
         lengths = np.diff(ends, prepend=layout.place_ends[low - 1] if low else 0)
         ids += (starts - (ends - lengths))[np.searchsorted(ends, ids, side="right")]

@@ -148,7 +148,7 @@ def _finished(output: Path, identity: Mapping[str, Any]) -> Prepared | None:
         strange = None if (output / JOURNAL_NAME).is_file() else next(_own_files(output), None)
         if strange is not None:
             raise InputError(
-                f"{output}: holds {strange.name} of no known data set; use --overwrite, or another --output"
+                f"{output}: holds {strange.name} of no known data set; use --overwrite, or another output folder"
             )
         return None
     train = manifests.read_manifest(output / "train" / MANIFEST_NAME)

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 
 from vaegan_dist.data.images import Pixels
-from vaegan_dist.data.manifest import Layout, ShardInfo
+from vaegan_dist.data.manifest import Layout, ShardInfo, file_sha256
 from vaegan_dist.errors import InputError
 from vaegan_dist.files import sync_folder
 
@@ -206,8 +206,7 @@ def same_bytes(path: Path, shard: ShardInfo) -> bool:
     """Whether a file is the shard: size and hash."""
     if not path.is_file() or path.stat().st_size != shard.bytes:
         return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    return file_sha256(path) == shard.sha256
 
 
 def same_identity(output: Path, theirs: Any, ours: Mapping[str, Any], what: str) -> None:
@@ -225,4 +224,4 @@ def same_identity(output: Path, theirs: Any, ours: Mapping[str, Any], what: str)
         reason = "another source, or the source has changed since"
     else:
         reason = "another version of vaegan-dist"
-    raise InputError(f"{output}: holds {what} made with {reason}; use --overwrite, or another --output")
+    raise InputError(f"{output}: holds {what} made with {reason}; use --overwrite, or another output folder")

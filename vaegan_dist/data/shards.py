@@ -4,30 +4,36 @@ import hashlib
 import logging
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vaegan_dist.data.cache import cache_folder, content_key, replace_file
-from vaegan_dist.data.index import LOST, NO_LABEL, ShardIndex, index_shard, shard_keys
+from vaegan_dist.data.index import LOST, NO_LABEL, ShardIndex, file_keys, index_file
 from vaegan_dist.data.manifest import Manifest, ShardInfo
 from vaegan_dist.data.tar import ShardFile
 from vaegan_dist.errors import DataError, InputError
+
+if TYPE_CHECKING:
+    from vaegan_dist.data.store import RemoteShards
 
 log = logging.getLogger(__name__)
 
 INDEX_VERSION = 1
 OPEN_FILES = 256
 KEPT_KEYS = 4
+OPEN_ATTEMPTS = 5
+HASH_BYTES = 2**20
 
 
 class Shards:
     """Files and indices of a manifest's shards.
 
     Args:
-        folder: where dataset.json lies.
+        source: the folder where dataset.json lies, or what fetches shards from elsewhere.
         manifest: its content.
         tolerant: take a damaged shard as far as it can be read; its other samples are then bad samples.
 
@@ -36,13 +42,17 @@ class Shards:
         DataError: a shard has another size than the manifest says (and `tolerant` is False).
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, tolerant: bool) -> None:
-        self.folder, self.manifest, self.tolerant = folder, manifest, tolerant
+    def __init__(self, source: "Path | RemoteShards", manifest: Manifest, *, tolerant: bool) -> None:
+        self.manifest, self.tolerant = manifest, tolerant
+        self.folder = source if isinstance(source, Path) else None
+        self.remote = None if isinstance(source, Path) else source
         self._indices: dict[int, ShardIndex] = {}
         self._files: OrderedDict[int, ShardFile] = OrderedDict()
         self._keys: OrderedDict[int, list[str]] = OrderedDict()
         self._lock = threading.RLock()
-        self.modified = [self._check_file(info) for info in manifest.shards]
+        # A fetched shard is called by its content, so that the time of its change says nothing.
+        folder = self.folder
+        self.modified = [0 if folder is None else self._check_file(folder, info) for info in manifest.shards]
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
@@ -53,9 +63,35 @@ class Shards:
         self.__dict__.update(state)
         self._lock = threading.RLock()
 
-    def path(self, number: int) -> Path:
-        """Where a shard lies."""
-        return self.folder / self.manifest.shards[number].name
+    def after_fork(self) -> None:
+        """A new lock: the parent's may have been held by a thread that does not exist here."""
+        self._lock = threading.RLock()
+        self._files, self._keys = OrderedDict(), OrderedDict()
+        if self.remote is not None:
+            self.remote.after_fork()
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Begin to fetch remote shards, soonest needed first, as many as this process's share of the cache holds."""
+        if self.remote is None:
+            return
+        left = self.remote.share
+        chosen: dict[int, ShardInfo] = {}
+        for number in shards:
+            if number in chosen:
+                continue
+            left -= self.manifest.shards[number].bytes
+            if left < 0:
+                break
+            chosen[number] = self.manifest.shards[number]
+            if len(chosen) == len(self.manifest.shards):
+                break
+        self.remote.prefetch(chosen.values())
+
+    def fetch(self, numbers: Iterable[int]) -> None:
+        """Have shards on this node, now."""
+        for number in numbers:
+            if self.remote is not None:
+                self.remote.fetch(self.manifest.shards[number])
 
     def index(self, number: int) -> ShardIndex:
         """A shard's index, as many rows as the manifest promises."""
@@ -71,11 +107,10 @@ class Shards:
         with self._lock:
             file = self._files.get(number)
             if file is None:
-                file = ShardFile(self.path(number), self.manifest.shards[number].name)
-                if os.fstat(file.fd).st_mtime_ns != self.modified[number]:
-                    raise DataError(
-                        f"shard {file.name}: it was changed while in use; start again, or restore the shard"
-                    )
+                file = self._open(number)
+                # What left the cache takes room on the disk for as long as it is open.
+                for other in [key for key, kept in self._files.items() if kept.deleted]:
+                    del self._files[other]
                 self._files[number] = file
                 if len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
@@ -83,19 +118,40 @@ class Shards:
                 self._files.move_to_end(number)
             return file
 
+    def ignored(self) -> dict[str, int]:
+        """Members passed over by rule in the shards indexed so far."""
+        with self._lock:
+            return dict(sum((Counter(index.notes) for index in self._indices.values()), Counter()))
+
     def keys(self, number: int) -> list[str]:
         """Keys of a shard's samples."""
         with self._lock:
             if number not in self._keys:
-                name = self.manifest.shards[number].name
-                self._keys[number] = shard_keys(self.path(number), name, self.manifest.layout)
+                self._keys[number] = file_keys(self.file(number), self.manifest.layout)
                 if len(self._keys) > KEPT_KEYS:
                     self._keys.popitem(last=False)
             return self._keys[number]
 
-    def _check_file(self, info: ShardInfo) -> int:
+    def _open(self, number: int) -> ShardFile:
+        info = self.manifest.shards[number]
+        if self.folder is not None:
+            file = ShardFile(self.folder / info.name, info.name)
+            if os.fstat(file.fd).st_mtime_ns != self.modified[number]:
+                raise DataError(f"shard {file.name}: it was changed while in use; start again, or restore the shard")
+            return file
+        assert self.remote is not None
+        for _ in range(OPEN_ATTEMPTS):
+            path = self.remote.fetch(info)
+            try:
+                return ShardFile(path, info.name)
+            except DataError:
+                if path.exists():
+                    raise  # otherwise another process of the node evicted it just now
+        raise DataError(f"shard {info.name}: it leaves the cache as soon as it comes; make data.cache_bytes larger")
+
+    def _check_file(self, folder: Path, info: ShardInfo) -> int:
         """Time of the last change of a shard that is there and has its size, in ns."""
-        path = self.folder / info.name
+        path = folder / info.name
         try:
             status = path.stat()
         except OSError as error:
@@ -114,16 +170,19 @@ class Shards:
 
     def _load_index(self, number: int) -> ShardIndex:
         """From the cache, or by a walk. The first walk also checks the file's hash; later changes show in its mtime."""
-        info, path = self.manifest.shards[number], self.path(number)
+        info = self.manifest.shards[number]
         key = content_key(INDEX_VERSION, self.manifest.layout, info.sha256, info.bytes, self.modified[number])
         folder = cache_folder("index")
         cached = folder / f"{key}.npz" if folder else None
         index = _read_cached(cached, info.samples) if cached else None
         if index is None:
-            intact = _sha256(path) == info.sha256
+            file = self.file(number)
+            intact = _sha256(file) == info.sha256
             if not intact:
                 self._suspect(info, "its bytes are not those that dataset.json has the sha256 of: it was changed")
-            index = index_shard(path, info.name, self.manifest.layout, tolerant=self.tolerant)
+            index = index_file(file, self.manifest.layout, tolerant=self.tolerant)
+            if index.fault is not None:
+                log.warning("%s; what comes before it is read", index.fault)
             if cached and intact and index.fault is None and index.samples == info.samples:
                 _write_cached(cached, index)
         return self._fit(info, index)
@@ -157,9 +216,11 @@ class Shards:
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(file: ShardFile) -> str:
+    digest = hashlib.sha256()
+    for offset in range(0, file.size, HASH_BYTES):
+        digest.update(file.read(min(HASH_BYTES, file.size - offset), offset))
+    return digest.hexdigest()
 
 
 def _write_cached(path: Path, index: ShardIndex) -> None:
@@ -168,8 +229,17 @@ def _write_cached(path: Path, index: ShardIndex) -> None:
             names = np.array(list(index.notes), dtype=np.str_)
             counts = np.array(list(index.notes.values()), np.int64)
             shape = np.array(index.shape or (), np.int64)
-            columns = {"offset": index.offset, "size": index.size, "kind": index.kind, "label": index.label}
-            np.savez(file, allow_pickle=False, names=names, counts=counts, shape=shape, **columns)
+            np.savez(
+                file,
+                allow_pickle=False,
+                names=names,
+                counts=counts,
+                shape=shape,
+                offset=index.offset,
+                size=index.size,
+                kind=index.kind,
+                label=index.label,
+            )
 
     try:
         replace_file(path, write)

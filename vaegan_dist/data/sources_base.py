@@ -1,7 +1,6 @@
 """What every source of pictures offers: named parts (train, validation, …) whose pictures are read by number."""
 
 import hashlib
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -184,13 +183,6 @@ def spool(stream: Readable, scratch: Path, source: str, expected: int | None = N
         raise InputError(f"{source}: unpacks to {total} bytes, its header promises {expected}; fetch it again")
     target.flush()
     return target
-
-
-def free_space(folder: Path) -> int:
-    """Bytes free where a folder lies or will lie."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
 
 
 def count_extensions(names: Iterable[str]) -> Counter[str]:

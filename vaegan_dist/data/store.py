@@ -2,60 +2,50 @@
 
 The cache is keyed by content: a shard's file is called by its sha256, so that equal names of two data sets never meet,
 the node's ranks share one copy, and what survived a restart is used again. A file there is whole and was checked.
-Credentials come from the environment alone (AWS_*, GOOGLE_*, AZURE_*); what a server answers is never repeated in a
-message, because it may quote them.
+One instance belongs to the process that made it.
 """
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import obstore
-from obstore.exceptions import (
-    BaseError,
-    NotSupportedError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import BaseError, NotSupportedError
 from obstore.store import from_url
 
-from vaegan_dist.data.cache import CACHE_VARIABLE, cache_folder, locked
-from vaegan_dist.data.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ShardInfo, parse_manifest
+from vaegan_dist.data.cache import CACHE_VARIABLE, NotFetchedError, cache_folder, locked
+from vaegan_dist.data.manifest import (
+    MANIFEST_NAME,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    ShardInfo,
+    file_sha256,
+    parse_manifest,
+)
+from vaegan_dist.data.refusals import failure, refusal
+from vaegan_dist.data.urls import CACHE_BYTES, checked_url, client_options
 from vaegan_dist.errors import DataError, InputError, VaeganError
 
-SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "https", "http", "file")
-CACHE_BYTES = 64 * 2**30
 FETCHERS = 4
 ATTEMPTS = 6
 PROGRESS_BYTES = 64 * 2**10
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 
 _PART = re.compile(r"^[0-9a-f]{64}\.(\d+)\.part$")
-# Without credentials the SDKs ask the machine's metadata service, whose refusal names none.
-_CREDENTIALS = re.compile(r"latest/(api/token|meta-data)|computeMetadata|oauth2/token|Missing(Account|Credential)")
-_STATUS = re.compile(r"status code: (\d{3})")
-
-
-def is_remote(path: str) -> bool:
-    """Whether a data set's path is a URL that `RemoteShards` reads."""
-    return path.partition("://")[0].lower() in SCHEMES and "://" in path
 
 
 class RemoteShards:
     """The shards of a data set behind a URL, as local files.
 
     Args:
-        url: folder that holds dataset.json or SPLIT/dataset.json: s3:// gs:// az:// https:// file://
+        url: folder that holds dataset.json or SPLIT/dataset.json: s3:// gs:// az:// https://
         split: which split.
         cache: folder of the cache; default: `shards` in this user's cache folder.
         cache_bytes: most bytes that the cache keeps; downloads under way (at most four per process) come on top.
@@ -74,12 +64,12 @@ class RemoteShards:
         *,
         cache: Path | None = None,
         cache_bytes: int = CACHE_BYTES,
-        timeout: float = 60.0,
+        timeout: float = 30.0,
         attempts: int = ATTEMPTS,
     ) -> None:
-        parts = _checked_url(url)
+        parts = checked_url(url)
         self._url, self._attempts, self._budget = url.rstrip("/"), attempts, cache_bytes
-        self._local = Path(unquote(parts.path)) if parts.scheme == "file" else None
+        self.ranks = 1
         folder = cache or cache_folder("shards")
         if folder is None:
             raise InputError(
@@ -88,40 +78,66 @@ class RemoteShards:
         self._cache = folder
         self._cache.mkdir(parents=True, exist_ok=True)
         try:
-            self._store: Any = None if self._local else from_url(self._url, **_options(parts.scheme, timeout))
+            self._store: Any = from_url(self._url, **client_options(parts.scheme, timeout))
         except BaseError as error:
-            raise _refused(self._url, error) or InputError(f"{self._url}: not a usable URL; check it") from None
+            raise refusal(self._url, error) or InputError(f"{self._url}: not a usable URL; check it") from None
         self._lock = threading.Lock()
         self._running: dict[str, Future[Path]] = {}
-        self._pool = ThreadPoolExecutor(FETCHERS, "fetch")
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(FETCHERS, "fetch")
         self._prefix = ""
         self.manifest = self._find_manifest(split)
 
+    @property
+    def share(self) -> int:
+        """Bytes of the cache that this process may fill: its part among the node's ranks."""
+        return self._budget // self.ranks
+
     def fetch(self, shard: ShardInfo) -> Path:
         """A shard as a local file, whole and checked. Ask again after a pause in use: it may have been evicted."""
-        if self._local is not None:
-            return self._local / self._prefix / shard.name
         path = self._path(shard)
-        return path if _touch(path, shard.bytes) else self._submit(shard).result()
+        if _touch(path, shard.bytes):
+            return path
+        if self._pool is None:
+            raise NotFetchedError(shard.name)
+        return self._submit(self._pool, shard).result()
 
     def prefetch(self, shards: Iterable[ShardInfo]) -> None:
         """Begin to fetch shards that are needed next, in this order. An error shows when the shard is asked for."""
-        for shard in shards:
-            if self._local is None and not _touch(self._path(shard), shard.bytes):
-                self._submit(shard)
+        # The last touched is the last to be evicted, so the soonest needed comes last.
+        missing = [shard for shard in reversed(list(shards)) if not _touch(self._path(shard), shard.bytes)]
+        for shard in reversed(missing):
+            if self._pool is not None:
+                self._submit(self._pool, shard)
+
+    def cancel(self) -> None:
+        """Forget what has not begun."""
+        with self._lock:
+            for name in [name for name, future in self._running.items() if future.cancel()]:
+                del self._running[name]
+
+    def size(self, shard: ShardInfo) -> int:
+        """Bytes of a shard as the server states them."""
+        name = f"{self._prefix}{shard.name}"
+        found: int = self._persist(f"shard {shard.name}", lambda _: obstore.head(self._store, name)["size"], lambda: 0)
+        return found
+
+    def after_fork(self) -> None:
+        """In a forked copy neither threads nor the client work: it reads what is in the cache."""
+        self._lock, self._pool, self._running = threading.Lock(), None, {}
 
     def close(self) -> None:
         """Stop fetching what has not begun."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _path(self, shard: ShardInfo) -> Path:
         return self._cache / f"{shard.sha256}.tar"
 
-    def _submit(self, shard: ShardInfo) -> "Future[Path]":
+    def _submit(self, pool: ThreadPoolExecutor, shard: ShardInfo) -> "Future[Path]":
         with self._lock:
             future = self._running.get(shard.sha256)
             if future is None:
-                future = self._running[shard.sha256] = self._pool.submit(self._bring, shard)
+                future = self._running[shard.sha256] = pool.submit(self._bring, shard)
             return future
 
     def _bring(self, shard: ShardInfo) -> Path:
@@ -146,11 +162,9 @@ class RemoteShards:
         self._make_room(shard, part)
         for again in (True, False):
             self._fill(shard, part)
-            with part.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256:
-                    os.fsync(file.fileno())
-                    part.replace(path)
-                    return
+            if file_sha256(part) == shard.sha256:
+                part.replace(path)
+                return
             part.unlink()  # the rest of another upload may have been continued: once more from the start
             if not again:
                 raise DataError(
@@ -178,6 +192,8 @@ class RemoteShards:
                     )
                 for block in reply.stream(min_chunk_size=PROGRESS_BYTES):
                     file.write(block)
+                file.flush()
+                os.fsync(file.fileno())  # a file under its final name is taken as whole after a power cut
                 return -1
 
         self._persist(f"shard {shard.name}", step, lambda: part.stat().st_size if part.exists() else 0)
@@ -194,13 +210,16 @@ class RemoteShards:
                 can_resume = False  # a server without ranges: from the start, in one go
                 cause = "the server cannot continue a download"
             except (BaseError, FileNotFoundError) as error:
-                refused = _refused(f"{what} at {self._url}", error)
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise  # of this node's disk; the store's own has no number
+                refused = refusal(f"{what} at {self._url}", error)
                 if refused is not None:
                     raise refused from None
-                cause = _cause(error)
+                cause = failure(error)
             if done() >= before + PROGRESS_BYTES:
                 failures, pause, before = 0, FIRST_PAUSE, done()
-            failures += 1
+            else:
+                failures += 1
             if failures >= self._attempts:
                 raise DataError(
                     f"{what}: cannot be fetched from {self._url} after {failures} attempts ({cause}); check the "
@@ -227,9 +246,6 @@ class RemoteShards:
 
     def _small(self, name: str) -> bytes | None:
         """A small file's bytes; None where there is none."""
-        if self._local is not None:
-            path = self._local / name
-            return path.read_bytes() if path.is_file() else None
 
         def step(can_resume: bool) -> bytes | None:
             try:
@@ -247,9 +263,9 @@ class RemoteShards:
 
     def _check_budget(self, manifest: Manifest) -> None:
         largest = max(manifest.shards, key=lambda shard: shard.bytes)
-        if largest.bytes > self._budget and self._local is None:
+        if largest.bytes > self._budget:
             raise InputError(
-                f"shard {largest.name}: {largest.bytes} bytes do not fit the cache of {self._budget}; make it "
+                f"shard {largest.name}: {largest.bytes} bytes do not fit data.cache_bytes={self._budget}; make it "
                 "larger, or prepare with smaller --shard-bytes"
             )
 
@@ -304,61 +320,3 @@ def _touch(path: Path, size: int) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def _checked_url(url: str) -> Any:
-    """The parts of a URL that holds no secret."""
-    parts = urlsplit(url)
-    if parts.scheme not in SCHEMES:
-        raise InputError(f"{parts.scheme}://…: not a known kind of URL; use one of {', '.join(SCHEMES)}")
-    if "@" in parts.netloc.removesuffix(".dfs.core.windows.net") and not parts.scheme.startswith("abfs"):
-        raise InputError(f"{parts.scheme}://…: the URL holds a user or password; leave credentials to the environment")
-    if parts.query or parts.fragment:
-        raise InputError(
-            f"{parts.scheme}://{parts.netloc}{parts.path}: the URL has a query; leave keys to the environment"
-        )
-    return parts
-
-
-def _options(scheme: str, timeout: float) -> dict[str, Any]:
-    """Client options. obstore itself does not retry: it would start a cut body over, here it is continued."""
-    endpoints = (value for name, value in os.environ.items() if name.startswith("AWS_ENDPOINT"))
-    plain = scheme == "http" or any(value.startswith("http://") for value in endpoints)
-    limit = timedelta(seconds=timeout)
-    client = {"timeout": limit, "connect_timeout": min(limit, timedelta(seconds=10)), "allow_http": plain}
-    return {"client_options": client, "retry_config": {"max_retries": 0, "retry_timeout": limit}}
-
-
-def _refused(what: str, error: Exception) -> InputError | None:
-    """The error line for what no further attempt can change."""
-    if isinstance(error, FileNotFoundError):
-        return InputError(f"{what}: is not there (404); check the URL, and that the whole data set was uploaded")
-    if isinstance(error, PermissionDeniedError):
-        return InputError(f"{what}: access denied (403); check that the credentials may read it")
-    if isinstance(error, UnauthenticatedError):
-        return InputError(f"{what}: credentials missing or wrong (401); set the cloud SDK's variables")
-    if _CREDENTIALS.search(str(error)):
-        return InputError(
-            f"{what}: no credentials found; set the cloud SDK's variables (AWS_ACCESS_KEY_ID …, "
-            "GOOGLE_SERVICE_ACCOUNT, AZURE_STORAGE_ACCOUNT_KEY), or AWS_SKIP_SIGNATURE=true for a public bucket"
-        )
-    status = _STATUS.search(str(error))
-    if status is not None and status[1].startswith("4") and status[1] not in ("408", "429"):
-        return InputError(f"{what}: the server refuses it ({status[1]}); check the URL, the region and the credentials")
-    return None
-
-
-def _cause(error: Exception) -> str:
-    """Why an attempt failed, in our own words."""
-    text = str(error)
-    if status := _STATUS.search(text):
-        return f"the server answers {status[1]}"
-    if "Timeout" in text or "timed out" in text:
-        return "no answer in time"
-    if "dns" in text.lower():
-        return "its host name cannot be resolved"
-    if "Connect" in text:
-        return "no connection"
-    if "Interrupted" in text or "Body" in text:
-        return "the connection broke off"
-    return type(error).__name__

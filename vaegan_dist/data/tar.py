@@ -72,6 +72,11 @@ class ShardFile:
         where = f"shard {self.name}: " + (f"member {member!r} " if member is not None else "") + f"at byte {offset}: "
         return DataError(f"{where}{cause}; {remedy}")
 
+    @property
+    def deleted(self) -> bool:
+        """Whether the file has no name any more: its bytes take room until it is closed."""
+        return os.fstat(self.fd).st_nlink == 0
+
     def close(self) -> None:
         """Close the file; closing twice is harmless."""
         if self.fd >= 0:

@@ -1,6 +1,5 @@
 """Checking a data set against its dataset.json: what is wrong, and where."""
 
-import hashlib
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -8,15 +7,20 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vaegan_dist.data.decode import decode_into
 from vaegan_dist.data.images import PictureError
 from vaegan_dist.data.index import BAD_LABEL, NO_LABEL, PICTURE_KINDS, RAW, ShardIndex, index_shard, shard_keys
-from vaegan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, find_manifest, read_manifest
+from vaegan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, file_sha256, find_manifest, read_manifest
 from vaegan_dist.data.tar import ShardFile
-from vaegan_dist.errors import DataError, InputError
+from vaegan_dist.data.urls import CACHE_BYTES, is_remote, local_path
+from vaegan_dist.errors import DataError, InputError, VaeganError
+
+if TYPE_CHECKING:
+    from vaegan_dist.data.store import RemoteShards
 
 Progress = Callable[[int, int | None], None]
 
@@ -39,19 +43,31 @@ def _silent(done: int, total: int | None) -> None:
 
 
 def verify(
-    path: str | Path, full: bool = False, *, split: str | None = None, progress: Progress = _silent
+    path: str | Path,
+    full: bool = False,
+    *,
+    split: str | None = None,
+    progress: Progress = _silent,
+    cache_dir: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> list[Problem]:
     """Check a data set: sizes of the shards and their sample counts; `full`: hashes, labels and every picture as well.
 
+    Behind a URL the sizes are what the server states, and only `full` fetches the shards and counts their samples.
+
     Args:
-        path: its folder or a dataset.json.
+        path: its folder or a dataset.json, or the URL of its folder.
         full: also read every byte and decode every picture.
         split: check this split only; default: all that are there.
         progress: called with the pictures checked and their total.
+        cache_dir, cache_bytes: for shards behind a URL, as in `open_dataset`.
 
     Raises:
         InputError: there is no data set.
     """
+    if is_remote(str(path)):
+        return _verify_remote(str(path), full, split, progress, cache_dir, cache_bytes)
+    path = local_path(str(path))
     problems: list[Problem] = []
     checks: list[tuple[Path, Manifest, ShardInfo]] = []
     for place in _manifests(Path(path), split):
@@ -74,6 +90,42 @@ def verify(
         for found in pool.map(check, checks):
             problems += found
     return problems
+
+
+def _verify_remote(
+    url: str, full: bool, split: str | None, progress: Progress, cache_dir: str | None, cache_bytes: int
+) -> list[Problem]:
+    """The splits `train` and `validation` behind a URL, or the one that is named."""
+    from vaegan_dist.data.store import RemoteShards  # the object stores' client: only who needs it loads it
+
+    sources = []
+    for name in ("train", "validation") if split is None else (split,):
+        try:
+            sources.append(
+                RemoteShards(url, name, cache=None if cache_dir is None else Path(cache_dir), cache_bytes=cache_bytes)
+            )
+        except InputError:
+            if not sources:
+                raise
+    count = _Count(sum(remote.manifest.samples for remote in sources), progress)
+    problems = []
+    for remote in sources:
+        with closing(remote):
+            for shard in remote.manifest.shards:
+                problems += [Problem(shard.name, line) for line in _check_remote(remote, shard, full)]
+                count.add(shard.samples)
+    return problems
+
+
+def _check_remote(remote: "RemoteShards", shard: ShardInfo, full: bool) -> Iterator[str]:
+    try:
+        if full:
+            # Its size and hash were checked when it came.
+            yield from _check_content(remote.fetch(shard), remote.manifest, shard, full)
+        elif (size := remote.size(shard)) != shard.bytes:
+            yield f"shard {shard.name}: has {size} bytes, dataset.json says {shard.bytes}"
+    except VaeganError as error:
+        yield str(error)
 
 
 class _Count:
@@ -110,8 +162,12 @@ def _check_shard(folder: Path, manifest: Manifest, shard: ShardInfo, full: bool)
     size = path.stat().st_size
     if size != shard.bytes:
         yield f"shard {shard.name}: has {size} bytes, dataset.json says {shard.bytes}"
-    elif full and _sha256(path) != shard.sha256:
+    elif full and file_sha256(path) != shard.sha256:
         yield f"shard {shard.name}: its sha256 is not the one in dataset.json; its bytes were changed"
+    yield from _check_content(path, manifest, shard, full)
+
+
+def _check_content(path: Path, manifest: Manifest, shard: ShardInfo, full: bool) -> Iterator[str]:
     try:
         index = index_shard(path, shard.name, manifest.layout, tolerant=True)
     except DataError as error:
@@ -154,8 +210,3 @@ def _label_fault(label: int, manifest: Manifest) -> str | None:
         return None
     known = {NO_LABEL: "has no label", BAD_LABEL: "its label is no integer of 0 or more"}
     return known.get(label, f"label {label} in a data set of {len(manifest.classes)} classes")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

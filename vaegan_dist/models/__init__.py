@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
-from vaegan_dist.config import MlpModel, ModelSection
+from vaegan_dist.config import KlModel, MlpModel, ModelSection
 from vaegan_dist.models.conv import ConvDecoder, ConvDiscriminator, ConvEncoder
+from vaegan_dist.models.discriminators import PatchDiscriminator
+from vaegan_dist.models.kl import KlDecoder, KlEncoder, latent_size
 from vaegan_dist.models.layers import draw_weights
 from vaegan_dist.models.mlp import MlpDecoder, MlpDiscriminator, MlpEncoder
 from vaegan_dist.models.networks import Decoder, Discriminator, Encoder, ImageShape, Posterior
@@ -27,6 +29,10 @@ def build_networks(model: ModelSection, image: ImageShape, *, seed: int) -> nn.M
             networks["encoder"] = MlpEncoder(model, image)
             networks["decoder"] = MlpDecoder(model, image)
             networks["discriminator"] = MlpDiscriminator(model, image)
+        elif isinstance(model, KlModel):
+            networks["encoder"] = KlEncoder(model, image)
+            networks["decoder"] = KlDecoder(model, image)
+            networks["discriminator"] = PatchDiscriminator(model, image)
         else:
             networks["encoder"] = ConvEncoder(model, image)
             networks["decoder"] = ConvDecoder(model, image)
@@ -39,4 +45,6 @@ def build_networks(model: ModelSection, image: ImageShape, *, seed: int) -> nn.M
 
 def latent_shape(model: ModelSection, image: ImageShape) -> tuple[int, ...]:
     """Shape of one z."""
+    if isinstance(model, KlModel):
+        return latent_size(model, image)
     return (model.latent_dim,)

@@ -29,9 +29,10 @@ def _low_resolution(key: str, stages: int, image: ImageShape) -> tuple[int, int]
 class Down(nn.Module):
     """Convolution (stride 2 by default) - norm - activation, with the convolution's own output on request."""
 
-    def __init__(self, before: int, after: int, kernel: int, norm: str, stride: int = 2) -> None:
+    def __init__(self, before: int, after: int, kernel: int, norm: str, stride: int = 2, padding: int = -1) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(before, after, kernel, stride=stride, padding=kernel // 2, bias=True)
+        padding = kernel // 2 if padding < 0 else padding
+        self.conv = nn.Conv2d(before, after, kernel, stride=stride, padding=padding)
         self.norm = norm_layer(norm, after)
         self.activation = nn.LeakyReLU(SLOPE)
 
@@ -96,6 +97,10 @@ class ConvDecoder(Decoder):
         ups = [Up(a, b, model.kernel_size, model.norm) for a, b in itertools.pairwise(channels)]
         self.stages = nn.Sequential(*ups)
         self.head = nn.Conv2d(channels[-1], image.channels, model.kernel_size, padding=model.kernel_size // 2)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.head.weight
 
     def pre_image(self, z: Tensor) -> Tensor:
         low = self.stem_norm(self.stem(z).view(-1, *self.base))

@@ -42,6 +42,10 @@ class MlpDecoder(Decoder):
         self.hidden = _hidden(widths)
         self.head = nn.Linear(widths[-1], image.channels * image.height * image.width)
 
+    @property
+    def last_layer(self) -> nn.Parameter:
+        return self.head.weight
+
     def pre_image(self, z: Tensor) -> Tensor:
         pixels: Tensor = self.head(self.hidden(z))
         return pixels.view(-1, self.image.channels, self.image.height, self.image.width)

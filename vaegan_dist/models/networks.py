@@ -60,25 +60,38 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z -> picture; also the generator."""
+    """z -> picture; also the generator.
+
+    Attributes:
+        bounded: pictures are tanh(a / 2), and cannot leave [-1, 1].
+    """
+
+    bounded = True
 
     def __init__(self, latent_shape: tuple[int, ...], image: ImageShape) -> None:
         super().__init__()
         self.latent_shape = latent_shape
         self.image = image
 
-    def pre_image(self, z: Tensor) -> Tensor:
-        """Pre-activation `a` `[B, C, H, W]`: sigmoid(a) is the Bernoulli mean of (x + 1) / 2."""
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the layer that gives `pre_image`, where the adaptive weight compares gradients."""
         raise NotImplementedError
 
+    def pre_image(self, z: Tensor) -> Tensor:
+        """Output before the last nonlinearity, `a` `[B, C, H, W]`.
+
+        Where `bounded`, sigmoid(a) is the Bernoulli mean of (x + 1) / 2.
+        """
+        raise NotImplementedError
+
+    def to_image(self, pre_image: Tensor) -> Tensor:
+        """The picture of `a`: tanh(a / 2) = 2 sigmoid(a) - 1, or `a` itself where the decoder is not `bounded`."""
+        return torch.tanh(0.5 * pre_image) if self.bounded else pre_image
+
     def forward(self, z: Tensor) -> Tensor:
-        """`z` `[B, *latent]` -> pictures in [-1, 1]."""
-        return to_image(self.pre_image(z))
-
-
-def to_image(pre_image: Tensor) -> Tensor:
-    """x = tanh(a / 2) = 2 sigmoid(a) - 1."""
-    return torch.tanh(0.5 * pre_image)
+        """`z` `[B, *latent]` -> pictures, in [-1, 1] where `bounded`."""
+        return self.to_image(self.pre_image(z))
 
 
 class Discriminator(nn.Module):
@@ -87,10 +100,13 @@ class Discriminator(nn.Module):
     Attributes:
         depth: number of layers whose outputs `features` can give.
         independent: an image's logit depends on no other image of the batch.
+        patches: an image has a logit for each of its patches, `[B, h, w]` instead of `[B]`. Losses are the mean over
+            them; what speaks of "the" logit of an image means their mean.
     """
 
     depth: int
     independent: bool
+    patches = False
 
     def __init__(self, image: ImageShape) -> None:
         super().__init__()
@@ -101,9 +117,9 @@ class Discriminator(nn.Module):
         raise NotImplementedError
 
     def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Logits `[B]` and `features(x, layer)` in one pass."""
+        """Logits `[B]` (or `[B, h, w]`) and `features(x, layer)` in one pass."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits `[B]`."""
+        """Logits `[B]` (or `[B, h, w]`)."""
         return self.logits_and_features(x, self.depth - 1)[0]

@@ -4,6 +4,7 @@ from torch import nn
 
 from vaegan_dist.config import ObjectiveSection, Phase
 from vaegan_dist.objectives.base import Objective
+from vaegan_dist.objectives.introspective import Introspective
 from vaegan_dist.objectives.vae import Vae
 from vaegan_dist.objectives.vaegan import VaeGan
 
@@ -24,4 +25,6 @@ def build_objective(phase: Phase, settings: ObjectiveSection, networks: nn.Modul
     """
     if phase.objective == "vae":
         return Vae(phase, settings, networks)
+    if phase.objective == "introspective":
+        return Introspective(phase, settings, networks)
     return VaeGan(phase, settings, networks, batch_size=batch_size)

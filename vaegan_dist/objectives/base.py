@@ -20,7 +20,8 @@ class Objective(nn.Module):
 
     Attributes:
         trained: networks that learn, in the order encoder, decoder, discriminator; the others do not require gradients.
-        term_names: names of the terms that `forward` returns, in this order, always all of them.
+        term_names: names of the terms that `forward` returns, in this order, always all of them; of all stages, where
+            there are several.
     """
 
     trained: tuple[NetworkName, ...]
@@ -61,6 +62,20 @@ class Objective(nn.Module):
     @property
     def discriminator(self) -> Discriminator:
         return cast(Discriminator, self.networks["discriminator"])
+
+    @property
+    def stages(self) -> tuple["Objective", ...]:
+        """What one optimiser step runs one after the other: forward, backward, and the move of what the stage trains.
+
+        Stages train disjoint sets of networks. Most objectives are their own single stage; one whose players must
+        move in turn has several, and no `forward` itself.
+        """
+        return (self,)
+
+    def focus(self) -> None:
+        """Let exactly the trained networks require gradients; what trains in several stages asks for it before each."""
+        for name, network in self.networks.items():
+            network.requires_grad_(name in self.trained)
 
     def learns(self, name: NetworkName) -> bool:
         """Whether a network is trained in this phase."""

@@ -4,11 +4,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vaegan_dist.config import ObjectiveSection
-from vaegan_dist.models.networks import to_image, wide
+from vaegan_dist.models.networks import Decoder, wide
 
 
-def pixel_loss(kind: str, pre_image: Tensor, x: Tensor) -> Tensor:
-    """-log p(x|z) per image, `[B]`, from the decoder's pre-activation.
+def pixel_loss(kind: str, decoder: Decoder, pre_image: Tensor, x: Tensor) -> Tensor:
+    """-log p(x|z) per image, `[B]`, from the decoder's output before its last nonlinearity.
 
     bernoulli: cross-entropy of (x + 1) / 2 (Kingma & Welling 2014, appendix C.1). l2: half the squared error, a
     Gaussian of variance 1 on [-1, 1]. l1: absolute error, a Laplace distribution of scale 1.
@@ -17,9 +17,9 @@ def pixel_loss(kind: str, pre_image: Tensor, x: Tensor) -> Tensor:
     if kind == "bernoulli":
         loss = F.binary_cross_entropy_with_logits(pre_image, 0.5 * (x + 1.0), reduction="none")
     elif kind == "l2":
-        loss = 0.5 * (to_image(pre_image) - x).square()
+        loss = 0.5 * (decoder.to_image(pre_image) - x).square()
     elif kind == "l1":
-        loss = (to_image(pre_image) - x).abs()
+        loss = (decoder.to_image(pre_image) - x).abs()
     else:
         raise NotImplementedError(f"pixel loss {kind}")
     return loss.flatten(1).sum(1)

@@ -30,7 +30,7 @@ class Vae(Objective):
         with torch.set_grad_enabled(self.learns("encoder")):
             posterior = self.encoder(x)
             z = posterior.sample(noise["eps"]).to(x.dtype)
-        loss_rec = pixel_loss(settings.reconstruction, self.decoder.pre_image(z), x).mean()
+        loss_rec = pixel_loss(settings.reconstruction, self.decoder, self.decoder.pre_image(z), x).mean()
         total = settings.reconstruction_weight * loss_rec
         if self.learns("encoder"):
             total = total + weighted_kl(settings, posterior, images_seen).mean()

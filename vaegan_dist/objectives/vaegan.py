@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
-from vaegan_dist.models.networks import to_image, wide
+from vaegan_dist.models.networks import wide
 from vaegan_dist.objectives.adversarial import LOSSES
 from vaegan_dist.objectives.base import Objective, Terms, uniform
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
@@ -155,7 +155,7 @@ class VaeGan(Objective):
             else:
                 z_in = z
                 pre_image = self.decoder.pre_image(z)
-            return Reconstruction(posterior, z, z_in, pre_image, to_image(pre_image))
+            return Reconstruction(posterior, z, z_in, pre_image, self.decoder.to_image(pre_image))
 
     @property
     def _splits(self) -> bool:
@@ -192,7 +192,7 @@ class VaeGan(Objective):
         settings = self.settings
         loss = wide(rec.pre_image).new_zeros(())
         if self._pixel:
-            terms["loss_rec"] = pixel_loss(settings.reconstruction, rec.pre_image, x).mean()
+            terms["loss_rec"] = pixel_loss(settings.reconstruction, self.decoder, rec.pre_image, x).mean()
             loss = loss + settings.reconstruction_weight * terms["loss_rec"]
         if features_real is not None:
             seen = judged.seen if judged else rec.x_rec.detach().requires_grad_()

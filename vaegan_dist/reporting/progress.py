@@ -308,7 +308,7 @@ def describe(record: Record, total_images: int) -> str:
         case "resume":
             restarts = integer(record, "restarts")
             return f"resumed at {seen} of {total_images:,}" + (f", restart {restarts}" if restarts else "")
-        case "warning":
+        case "warning" | "rollback":
             return f"warning: {text(record, 'message')}"
         case "end":
             took = number(record, "seconds")

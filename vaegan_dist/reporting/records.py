@@ -7,10 +7,11 @@ wall-clock up to there, carried over restarts. Further keys by kind:
 |---|---|
 | `train` | `phase`, `phase_images_seen`, `phase_images`, `total_images`, `epoch`, `images_per_second`, terms by name |
 | `phase` | `phase`, `phase_images`, `trains` (networks): a phase begins, or goes on if `phase_images_seen` is not 0 |
-| `checkpoint` | `path`, `checkpoint_seconds`: a whole checkpoint stands |
+| `checkpoint` | `path`, `checkpoint_seconds` (training stood still): a whole one stands; later rows may come before |
 | `pictures` | `phase`: sheets were written |
 | `resume` | `restarts`: the run goes on from the checkpoint at `images_seen` |
 | `warning` | `message` |
+| `rollback` | `message`, `name`: the run goes on from the checkpoint at `images_seen`, with other noise |
 | `end` | `reason`: `done`, `stopped` or `failed` |
 
 A row of the file is strict JSON. A number that JSON cannot hold becomes null, and `<key>_nonfinite` beside it says

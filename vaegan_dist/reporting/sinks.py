@@ -41,7 +41,7 @@ class History:
     """
 
     # What a loop may say again at the very image it resumes at; the other kinds are news each time.
-    REPEATABLE = frozenset({"train", "phase", "pictures", "checkpoint"})
+    REPEATABLE = frozenset({"train", "phase", "pictures", "checkpoint", "rollback"})
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         self.path = path
@@ -102,7 +102,8 @@ class History:
 
 
 def _repeat_key(record: Record) -> tuple[object, ...]:
-    return tuple(record.get(key) for key in ("event", "images_seen", "phase", "name", "path"))
+    # Not the path: a run may have moved.
+    return tuple(record.get(key) for key in ("event", "images_seen", "phase", "name"))
 
 
 def _rows(path: Path) -> tuple[list[tuple[bytes, Record]], bytes]:

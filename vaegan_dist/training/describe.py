@@ -14,7 +14,7 @@ from vaegan_dist.objectives.flops import FlopCounter
 from vaegan_dist.seeding import standard_normal
 from vaegan_dist.training.state import TrainState, create_state
 
-COUNTED_IMAGES = 4
+COUNTED_IMAGES = 4  # at least; a whole number of minibatch groups
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def describe(config: Config) -> Plan:
     Raises:
         InputError, ConfigError: as the run itself would.
     """
-    dataset = open_dataset(config.data.path, in_memory=False)
+    data = config.data
+    dataset = open_dataset(data.path, in_memory=False, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes)
     manifest = dataset.manifest
     image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
     state = create_state(config, image, torch.device("cpu"), torch.float32)
@@ -76,14 +77,18 @@ def _plan_phase(state: TrainState, phase: Phase) -> PhasePlan:
     batch_size = state.config.training.batch_size
     objective = build_objective(phase, state.config.objective_of(phase), networks, batch_size=batch_size)
     image = state.image
-    x = standard_normal((COUNTED_IMAGES, image.channels, image.height, image.width), 0, "describe").clamp(-1, 1)
+    group = getattr(state.config.model, "minibatch_std", 0) or 1
+    count = -(-COUNTED_IMAGES // group) * group
+    x = standard_normal((count, image.channels, image.height, image.width), 0, "describe").clamp(-1, 1)
     noise = {
-        name: standard_normal((COUNTED_IMAGES, *shape[1:]), 0, "describe", name)
+        name: standard_normal((count, *shape[1:]), 0, "describe", name)
         for name, shape in objective.noise_shapes(batch_size).items()
     }
     with FlopCounter() as counter:
-        # Past the first step, where the lazy penalties of step 0 are not due.
-        objective(x, noise, batch_size)[0].backward()
+        for stage in objective.stages:
+            stage.focus()
+            # Past the first step, where the lazy penalties of step 0 are not due.
+            stage(x, noise, batch_size)[0].backward()
     images = state.config.phase_images(phase)
-    flops = counter.total / COUNTED_IMAGES
+    flops = counter.total / count
     return PhasePlan(phase.name, objective.trained, images, images // batch_size, flops)

@@ -4,25 +4,34 @@ It runs unchanged under Ray, torchrun and in one process; a `Runtime` stands for
 """
 
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from vaegan_dist.config import Config, Phase
 from vaegan_dist.data.dataset import ShardDataset, open_dataset
 from vaegan_dist.data.loader import train_batches
+from vaegan_dist.errors import VaeganError
 from vaegan_dist.models import ImageShape
 from vaegan_dist.reporting.records import Record
-from vaegan_dist.training.checkpoint import Checkpoint, newest_whole, prune, restore, save_checkpoint
-from vaegan_dist.training.meter import Agreement, Meter, check_health
-from vaegan_dist.training.resume import refuse_changes, run_folder
+from vaegan_dist.training.checkpoint import Checkpoint
+from vaegan_dist.training.guard import Watch, worst_skips
+from vaegan_dist.training.keeper import Keeper
+from vaegan_dist.training.memory import advice, is_out_of_memory
+from vaegan_dist.training.meter import Agreement, Meter
+from vaegan_dist.training.presence import RunLock, take_folder
+from vaegan_dist.training.resume import refuse_changes, refuse_other_data, run_folder
 from vaegan_dist.training.runtime import Runtime
+from vaegan_dist.training.snapshot import Interval
 from vaegan_dist.training.state import TrainState, create_state
 from vaegan_dist.training.step import Step
+from vaegan_dist.training.storage import storage_trouble
+from vaegan_dist.training.watchdog import Watchdog
 from vaegan_dist.training.writer import COMPARED, Writer
 
 
@@ -35,64 +44,93 @@ class Outcome:
     checkpoint: Path | None
 
 
+class PhaseEnd(Enum):
+    """Why a phase is left."""
+
+    DONE = auto()
+    STOPPED = auto()
+    DIVERGED = auto()
+
+
 class Training:
     """One rank's run from restore to end."""
 
-    def __init__(self, config: Config, runtime: Runtime, dtype: torch.dtype = torch.float32) -> None:
-        self.config, self.runtime = config, runtime
+    def __init__(self, config: Config, runtime: Runtime, lock: RunLock, dtype: torch.dtype) -> None:
+        self.config, self.runtime, self.dtype = config, runtime, dtype
         self.folder = run_folder(config)
         self.dataset: ShardDataset = open_dataset(
-            config.data.path, in_memory=config.data.in_memory, max_bad_samples=config.data.max_bad_samples
+            config.data.path,
+            in_memory=config.data.in_memory,
+            max_bad_samples=config.data.max_bad_samples,
+            cache_dir=config.data.cache_dir,
+            cache_bytes=config.data.cache_bytes,
         )
         manifest = self.dataset.manifest
-        image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+        self.image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
         self.identity: dict[str, Any] = {"samples": list(self.dataset.shard_samples), "streams": config.streams}
-        self.state: TrainState = create_state(config, image, runtime.device, dtype)
-        self.last_checkpoint: Path | None = None
-        self.resumed_at = self._restore()
+        take_folder(self.folder, lock, runtime)
+        self.keeper = Keeper(config, self.folder, runtime)
         self.agreement = Agreement(runtime)
+        found, self.complaints = self.keeper.newest()
+        if found is not None:
+            refuse_changes(config, found)
+            refuse_other_data(self.identity, found)
+        self._load(found)
+        self.resumed_at = found.progress.images_seen if found else None
+        self.state.progress.restarts += found is not None
         self.originals = self.dataset.read(range(min(COMPARED, len(self.dataset)))).images
         self.clock = time.perf_counter() - self.state.progress.seconds
 
-    def _restore(self) -> int | None:
-        """Continue from the newest whole checkpoint, the same one on every rank; images seen, or None for a start."""
-        found, complaints = newest_whole(self.folder)
-        self.complaints = complaints
-        if self.runtime.world_size > 1:
-            # Storage may show one rank what it does not show another yet: rank 0's finding counts.
-            chosen: list[Checkpoint | None] = [found]
-            dist.broadcast_object_list(chosen, src=0)
-            found = chosen[0]
-        if found is None:
-            return None
-        refuse_changes(self.config, found)
-        restore(self.state, found)
-        self.state.progress.restarts += 1
-        self.last_checkpoint = found.path
-        return found.progress.images_seen
+    def _load(self, found: Checkpoint | None) -> None:
+        """The state of a checkpoint, or that of a run before its first step."""
+        self.state: TrainState = create_state(self.config, self.image, self.runtime.device, self.dtype)
+        self.interval: Interval | None = None
+        self.watch = Watch()
+        if found is not None:
+            self.keeper.restore(self.state, found)
+            self.interval, self.watch = found.interval, Watch.from_json(found.watch)
 
     def run(self) -> Outcome:
         """Train until every phase has spent its budget or somebody asks to stop."""
         if self.state.finished:
             self.runtime.publish({"event": "end", "reason": "already done", **self._place()})
-            return Outcome("already done", self.state.progress.images_seen, self.last_checkpoint)
-        self.writer = Writer(self.config, self.folder, self.runtime, self.resumed_at)
-        self._announce_start()
-        try:
-            for phase in self.state.remaining_phases():
-                if not self._run_phase(phase):
-                    return self._end("stopped")
-            return self._end("done")
-        finally:
-            self.writer.close()
+            return Outcome("already done", self.state.progress.images_seen, self.keeper.newest_path)
+        timeout = self.config.cluster.step_timeout_seconds
+        with (
+            closing(Watchdog(timeout, self.runtime.rank, self.runtime.abandon)) as self.watchdog,
+            closing(Writer(self.config, self.folder, self.runtime, self.resumed_at)) as self.writer,
+            closing(self.keeper),
+        ):
+            self._announce_start()
+            try:
+                return self._run_phases()
+            except VaeganError as error:
+                with suppress(OSError):  # the storage may be what failed
+                    self.writer.log({"event": "end", "reason": "failed", "message": str(error), **self._place()})
+                raise
 
-    def _run_phase(self, phase: Phase) -> bool:
-        """Train the phase under way to its end; False when asked to stop (a checkpoint stands then)."""
+    def _run_phases(self) -> Outcome:
+        for phase in self._phases():
+            end = self._run_phase(phase)
+            if end is PhaseEnd.DIVERGED:
+                self._roll_back()
+            if end is PhaseEnd.STOPPED:
+                return self._end("stopped")
+        return self._end("done")
+
+    def _phases(self) -> Iterator[Phase]:
+        """The phase under way and those after it, whichever state a rollback puts in place."""
+        while not self.state.finished:
+            yield next(self.state.remaining_phases())
+
+    def _run_phase(self, phase: Phase) -> PhaseEnd:
+        """Train the phase under way to its end, to a stop (a checkpoint stands then), or until its numbers break."""
         config, state, runtime = self.config, self.state, self.runtime
         step = Step(state, phase, runtime.rank, runtime.world_size)
         if not state.progress.phase_images:
             self.writer.log({"event": "phase", "trains": ",".join(step.trained), **self._place()})
-        meter = Meter.begin(step, runtime.world_size)
+        meter = Meter.begin(step, self.interval)
+        self.interval = None
         batches = train_batches(
             self.dataset,
             seed=config.run.seed,
@@ -106,51 +144,107 @@ class Training:
             prefetch=config.data.prefetch,
             pin_memory=runtime.device.type == "cuda",
         )
+        stopping = False
         with closing(batches):
             while not state.phase_done:
+                self._doing("reading data")
                 waiting = time.perf_counter()
                 position, batch = next(batches)
                 meter.waited += time.perf_counter() - waiting
+                self._doing("training")
                 step(batch.images)
                 state.advance(config.training.batch_size, position)
                 meter.images += config.training.batch_size
-                if self._due(config.reporting.log_images) or state.phase_done:
+                log = self._due(config.reporting.log_images) or state.phase_done
+                stopping = self._meet() if self.agreement.due() else False
+                save = self._due(config.checkpoint.images) or state.phase_done or stopping
+                if (log or save) and worst_skips(step) > config.training.max_skipped_steps:
+                    return PhaseEnd.DIVERGED
+                if log:
                     self._log(step, meter)
                 if self._due(config.reporting.sample_images) or state.phase_done:
+                    self._doing("drawing pictures")
                     self.writer.pictures(state, self.originals)
-                stopping = self.agreement.stop()
-                if self._due(config.checkpoint.images) or state.phase_done or stopping:
-                    self._checkpoint(step)
-                if stopping and not state.phase_done:
-                    return False
-        return not stopping or state.finished
+                if save:
+                    self._checkpoint(meter)
+                if stopping:
+                    break
+        return PhaseEnd.STOPPED if stopping and not state.finished else PhaseEnd.DONE
 
     def _due(self, interval: int) -> bool:
         """Whether the last step passed a multiple of `interval` images."""
         seen, batch = self.state.progress.images_seen, self.config.training.batch_size
         return seen // interval > (seen - batch) // interval
 
-    def _log(self, step: Step, meter: Meter) -> None:
-        check_health(step, self.config.training.max_skipped_steps)
-        means = meter.take()
-        self.writer.log({"event": "train", **self._place(), **means, **step.rates()})
+    def _doing(self, what: str) -> None:
+        self.watchdog.beat(what, self.state.progress.images_seen)
 
-    def _checkpoint(self, step: Step) -> None:
-        """Rank 0 writes; the others go on only when it stands, so that all of them report the same one."""
-        check_health(step, self.config.training.max_skipped_steps)
+    def _log(self, step: Step, meter: Meter) -> None:
+        self._doing("logging")
+        means: Record = {**meter.take()}
+        self.state.progress.skipped_steps += round(float(means["skipped_steps"] or 0))
+        self.writer.log({"event": "train", **self._place(), **means, **step.rates()})
+        for message in self.watch.look(step.phase.name, means):
+            self._warn(message)
+
+    def _meet(self) -> bool:
+        """Whether to stop; and every rank learns whether the checkpoint under way stands."""
+        stopping, verdict = self.agreement.meet(self.keeper.verdict())
+        self._settle(verdict)
+        return stopping
+
+    def _settle(self, verdict: int) -> None:
+        for message in self.keeper.warnings():
+            self._warn(message)
+        standing = self.keeper.settle(verdict)
+        if standing is not None:
+            self.writer.log(standing)
+
+    def _await_checkpoint(self) -> None:
+        """Wait for the checkpoint under way, on every rank, with a sign of life."""
+        while self.keeper.writing:
+            self._doing("waiting for a checkpoint")
+            self.keeper.wait_a_little()
+            self._settle(self.agreement.share(self.keeper.verdict()))
+
+    def _checkpoint(self, meter: Meter) -> None:
+        """Copy the state; rank 0 writes the copy while training goes on."""
         started = time.perf_counter()
+        self._await_checkpoint()
+        self._doing("copying for a checkpoint")
+        self.state.progress.seconds = started - self.clock
+        interval, watch = meter.interval(), self.watch.to_json()
+        row = {"event": "checkpoint", **self._place()}
+        self.keeper.begin(self.state, row, data=self.identity, interval=interval, watch=watch)
+        row["checkpoint_seconds"] = time.perf_counter() - started
+
+    def _roll_back(self) -> None:
+        """Continue from the newest whole checkpoint with other noise, as long as the budget of rollbacks lasts."""
+        self._await_checkpoint()
+        failed, rollbacks, limit = self._place(), self.state.progress.rollbacks + 1, self.config.training.max_rollbacks
+        what = (
+            f"phase {failed['phase']}: more than {self.config.training.max_skipped_steps} steps in a row had a "
+            f"gradient that is not finite, before {failed['images_seen']} images"
+        )
+        if rollbacks > limit:
+            raise VaeganError(
+                f"{what}, after {limit} rollbacks; continue from the last checkpoint with a larger "
+                f"training.max_rollbacks and training.rollback_rate_factor=0.5, or start a new run with a lower "
+                f"optimizer.learning_rate or with optimizer.max_grad_norm"
+            )
+        found, complaints = self.keeper.newest()
+        restarts = self.state.progress.restarts
+        self._load(found)
         progress = self.state.progress
-        progress.seconds = started - self.clock
-        path = self.folder / f"checkpoint-{progress.images_seen:012d}"
-        if self.runtime.rank == 0:
-            save_checkpoint(self.state, self.folder, data=self.identity, keep=self.state.phase_done)
-            prune(self.folder, self.config.checkpoint.keep_last)
-        if self.runtime.world_size > 1:
-            dist.barrier()
-        self.last_checkpoint = path
-        taken = time.perf_counter() - started
-        self.writer.log({"event": "checkpoint", "path": str(path), "checkpoint_seconds": taken, **self._place()})
-        self.runtime.checkpointed({"images_seen": float(progress.images_seen)}, path)
+        progress.rollbacks, progress.restarts = rollbacks, restarts
+        self.writer.rewind(progress.images_seen)
+        for complaint in complaints:
+            self._warn(complaint)
+        message = f"{what}: back to {progress.images_seen} images with other noise, rollback {rollbacks} of {limit}"
+        self.writer.log({"event": "rollback", "name": str(rollbacks), "message": message, **self._place()})
+
+    def _warn(self, message: str) -> None:
+        self.writer.log({"event": "warning", "message": message, **self._place()})
 
     def _place(self) -> Record:
         """Where the run stands, as every record says it."""
@@ -167,14 +261,18 @@ class Training:
 
     def _announce_start(self) -> None:
         for complaint in self.complaints:
-            self.writer.log({"event": "warning", "message": complaint, **self._place()})
-        if self.last_checkpoint is not None:
+            self._warn(complaint)
+        if self.keeper.newest_path is not None:
+            # Said again because the process before may have died between the checkpoint and its row.
+            self.writer.log({"event": "checkpoint", "path": str(self.keeper.newest_path), **self._place()})
             self.writer.log({"event": "resume", "restarts": self.state.progress.restarts, **self._place()})
 
     def _end(self, reason: str) -> Outcome:
+        self._await_checkpoint()
+        self._doing("ending")
         self.writer.log({"event": "end", "reason": reason, **self._place()})
         self.writer.draw_curves()
-        return Outcome(reason, self.state.progress.images_seen, self.last_checkpoint)
+        return Outcome(reason, self.state.progress.images_seen, self.keeper.newest_path)
 
 
 def train(config: Config, runtime: Runtime, dtype: torch.dtype = torch.float32) -> Outcome:
@@ -183,4 +281,15 @@ def train(config: Config, runtime: Runtime, dtype: torch.dtype = torch.float32) 
     Raises:
         VaeganError: with one line that says what failed and what to do.
     """
-    return Training(config, runtime, dtype).run()
+    with RunLock(run_folder(config)) as lock:
+        try:
+            return Training(config, runtime, lock, dtype).run()
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise advice(config, runtime.world_size, runtime.device) from error
+        except OSError as error:
+            trouble = storage_trouble(error, run_folder(config))
+            if not trouble:
+                raise
+            raise VaeganError(f"{error.filename or run_folder(config)}: {trouble}") from error

@@ -2,13 +2,16 @@
 
 import time
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-from vaegan_dist.errors import VaeganError
 from vaegan_dist.training.runtime import Runtime
+from vaegan_dist.training.snapshot import Interval
 from vaegan_dist.training.step import Step
+
+T = TypeVar("T")
 
 
 def sum_over_ranks(values: torch.Tensor, world_size: int) -> torch.Tensor:
@@ -23,17 +26,30 @@ class Meter:
     """Collects one log interval of a phase."""
 
     step: Step
-    world_size: int
     started: float
     images: int = 0
     waited: float = 0.0
 
     @classmethod
-    def begin(cls, step: Step, world_size: int) -> "Meter":
-        """An empty interval that starts now."""
+    def begin(cls, step: Step, interval: Interval | None) -> "Meter":
+        """An interval that starts now; its terms go on where a checkpoint's `interval` stood."""
         step.sums.zero_()
         step.steps = 0
-        return cls(step, world_size, time.perf_counter())
+        if interval is not None and interval.names == step.term_names:
+            step.steps = interval.steps
+            step.skipped_in_a_row.fill_(interval.skipped_in_a_row)
+            step.sums.copy_(_own_sums(interval, step))
+        return cls(step, time.perf_counter())
+
+    def interval(self) -> Interval:
+        """The interval so far, of every rank; a collective."""
+        step = self.step
+        rows = [torch.empty_like(step.sums) for _ in range(step.world_size)]
+        if step.world_size > 1:
+            dist.all_gather(rows, step.sums)
+        else:
+            rows = [step.sums]
+        return Interval(step.term_names, step.steps, torch.stack(rows).tolist(), float(step.skipped_in_a_row))
 
     def take(self) -> dict[str, float]:
         """Means of every term over all ranks since the last call, images/s, and a fresh interval.
@@ -42,8 +58,8 @@ class Meter:
         """
         step = self.step
         # Gloo reduces CPU tensors and NCCL those of the GPU: the sums stay where they were made.
-        totals = sum_over_ranks(torch.cat([step.sums, step.sums.new_tensor([self.waited])]), self.world_size)
-        values = (totals / self.world_size).tolist()
+        totals = sum_over_ranks(torch.cat([step.sums, step.sums.new_tensor([self.waited])]), step.world_size)
+        values = (totals / step.world_size).tolist()
         seconds = max(time.perf_counter() - self.started, 1e-9)
         skipped = values[len(step.term_names) - 1]
         counted = max(step.steps - skipped, 1.0)
@@ -56,11 +72,23 @@ class Meter:
         return record
 
 
+def _own_sums(interval: Interval, step: Step) -> torch.Tensor:
+    """This rank's sums; with another number of ranks than before, rank 0 takes the total.
+
+    `take` divides by the number of ranks, so that the total of W ranks counts for W' of them as total · W' / W.
+    """
+    rows = torch.tensor(interval.sums, dtype=torch.float64, device=step.sums.device)
+    before, now = len(rows), step.world_size
+    if before == now:
+        return rows[step.rank]
+    return rows.sum(0) * (now / before) * float(step.rank == 0)
+
+
 class Agreement:
-    """Lets all ranks learn at the same step that one of them was asked to stop, about every two seconds.
+    """Lets all ranks learn at the same step what only one of them knows, about every two seconds.
 
     The ranks must call a collective equally often, so they cannot look at their own clocks: rank 0 proposes after how
-    many steps they meet again, and the proposal travels in the same all-reduce as the answer.
+    many steps they meet again, and the proposal travels in the same all-reduce as the answers.
     """
 
     INTERVAL_SECONDS = 2.0
@@ -70,37 +98,34 @@ class Agreement:
         self.steps_left = 1
         self.steps, self.since = 0, time.perf_counter()
 
-    def stop(self) -> bool:
-        """Whether the run must stop after this step; equal on all ranks."""
+    def due(self) -> bool:
+        """Count a step; whether the ranks meet after it. Equal on all ranks."""
         self.steps += 1
         self.steps_left -= 1
-        if self.steps_left > 0:
-            return False
-        return self.meet()
+        return self.steps_left <= 0
 
-    def meet(self) -> bool:
-        """Ask every rank now."""
+    def meet(self, news: int = 0) -> tuple[bool, int]:
+        """Whether the run must stop after this step, and rank 0's `news`; equal on all ranks."""
         elapsed = max(time.perf_counter() - self.since, 1e-6)
         proposal = int(min(max(self.steps * self.INTERVAL_SECONDS / elapsed, 1), 10_000))
-        mine = [float(self.runtime.stop_requested()), float(proposal if self.runtime.rank == 0 else 0)]
-        stop, self.steps_left = (
-            int(v) for v in sum_over_ranks(torch.tensor(mine, device=self.runtime.device), self.runtime.world_size)
-        )
+        first = self.runtime.rank == 0
+        mine = [int(self.runtime.stop_requested()), proposal if first else 0, news if first else 0]
+        stop, self.steps_left, told = sum_over_ranks(
+            torch.tensor(mine, device=self.runtime.device), self.runtime.world_size
+        ).tolist()
         self.steps, self.since = 0, time.perf_counter()
-        return stop > 0
+        return stop > 0, told
+
+    def share(self, news: int) -> int:
+        """Rank 0's `news` alone, on every rank; asks nobody to stop."""
+        mine = torch.tensor([news if self.runtime.rank == 0 else 0], device=self.runtime.device)
+        return int(sum_over_ranks(mine, self.runtime.world_size).item())
 
 
-def check_health(step: Step, limit: int) -> None:
-    """Fail when more than `limit` steps in a row had a gradient that is not finite.
-
-    Every rank sees the same averaged gradient, so all of them fail alike.
-    """
-    worst = int(step.worst_in_a_row.item())
-    if worst > limit:
-        progress = step.state.progress
-        raise VaeganError(
-            f"phase {step.phase.name}: {worst} steps in a row had a gradient that is not finite, before "
-            f"{progress.images_seen} images; lower optimizer.learning_rate, or clip with optimizer.max_grad_norm, "
-            f"and run again to continue from the last checkpoint"
-        )
-    step.worst_in_a_row.zero_()
+def from_rank_0(runtime: Runtime, value: T) -> T:
+    """Rank 0's value, on every rank; a collective."""
+    if runtime.world_size == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -7,6 +7,7 @@ from vaegan_dist.config import Config
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.training.checkpoint import Checkpoint
 
+LOCK = ".lock"
 # What may differ from the checkpoint: where and how often, never what is computed.
 MAY_CHANGE = (
     "preset",
@@ -17,9 +18,13 @@ MAY_CHANGE = (
     "data.prefetch",
     "data.in_memory",
     "data.max_bad_samples",
+    "data.cache_dir",
+    "data.cache_bytes",
     "training.torch_threads",
     "training.max_skipped_steps",
     "training.gradient_accumulation_steps",
+    "training.max_rollbacks",
+    "training.rollback_rate_factor",
     "reporting",
     "checkpoint",
     "cluster",
@@ -33,7 +38,8 @@ def run_folder(config: Config) -> Path:
 
 def refuse_existing(folder: Path) -> None:
     """For `--fresh`: a run of that name must not stand yet."""
-    if folder.exists() and any(folder.iterdir()):
+    # A start that failed before its first step leaves nothing but the lock's file.
+    if folder.exists() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(
             f"run.name={folder.name}: a run of that name stands in {folder.parent}; choose another run.name, "
             f"or leave out --fresh to continue it"
@@ -59,6 +65,20 @@ def refuse_changes(config: Config, checkpoint: Checkpoint) -> None:
                 f"{key}={after}: the run '{config.run.name}' was started with {before}; restore it, or choose another "
                 f"run.name for a new run"
             )
+
+
+def refuse_other_data(identity: dict[str, Any], checkpoint: Checkpoint) -> None:
+    """The place in the order means nothing on other samples, whatever path they lie at.
+
+    Raises:
+        ConfigError: names what differs.
+    """
+    before, now = checkpoint.data["samples"], identity["samples"]
+    if before != now:
+        raise ConfigError(
+            f"data.path: the run has trained on {sum(before):,} samples in {len(before)} shards, the data set now "
+            f"holds {sum(now):,} in {len(now)}; restore it, or choose another run.name for a new run"
+        )
 
 
 def _same_phases(started: list[dict[str, Any]], phases: list[dict[str, Any]], checkpoint: Checkpoint) -> None:

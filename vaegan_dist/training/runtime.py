@@ -1,5 +1,7 @@
 """What the training loop may ask of its surroundings, whether Ray, torchrun or one process provides them."""
 
+import os
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -24,6 +26,9 @@ class Runtime(Protocol):
     def stop_requested(self) -> bool:
         """Whether somebody asked this rank to stop; the ranks agree on it by a collective of the loop."""
 
+    def abandon(self, message: str) -> None:
+        """Tell why, and end this process at once: its training thread hangs. Called from another thread."""
+
 
 class SingleProcess:
     """The smallest runtime: one rank, on one device, watched by nobody."""
@@ -44,3 +49,8 @@ class SingleProcess:
     def stop_requested(self) -> bool:
         """Whether `stop` was set."""
         return self.stop
+
+    def abandon(self, message: str) -> None:
+        """Say it on standard error, and end."""
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        os._exit(1)

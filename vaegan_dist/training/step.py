@@ -38,12 +38,8 @@ class Step:
             phase, config.objective_of(phase), state.networks, batch_size=self.batch_size
         )
         self.trained: tuple[NetworkName, ...] = self.objective.trained
-        self.module: nn.Module = self.objective
-        if world_size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            self.module = DistributedDataParallel(
-                self.objective, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
-            )
+        self.stages: tuple[Objective, ...] = self.objective.stages
+        self.modules: list[nn.Module] = [self._wrapped(stage) for stage in self.stages]
         self.term_names = (
             *self.objective.term_names,
             *(f"grad_norm_{name}" for name in self.trained),
@@ -54,21 +50,40 @@ class Step:
         self.skipped_in_a_row = torch.zeros((), device=self.device)
         self.worst_in_a_row = torch.zeros((), device=self.device)
 
+    def _wrapped(self, stage: Objective) -> nn.Module:
+        """A stage in a DDP of its own, which reduces the parameters that the stage trains and no others."""
+        if self.world_size == 1:
+            return stage
+        if len(self.stages) > 1:
+            stage.focus()
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(
+            stage, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
+        )
+
     def __call__(self, images: Tensor) -> None:
         """Train on this rank's rows `[B / world_size, C, H, W]` of the next global batch (uint8)."""
         x = self._to_device(images)
         noise = self._noise()
         for name in self.trained:
             self.state.optimizers[name].zero_grad(set_to_none=self.world_size == 1)
-        terms = [self._backward(x, noise, index) for index in range(self.micro_batches)]
-        norms = [self._clip(name) for name in self.trained]
-        finite = torch.isfinite(torch.stack(norms)).all()
-        skip = 1.0 - finite.to(torch.float32)
-        self._optimize(skip)
+        terms: list[Tensor] = []
+        norms: dict[NetworkName, Tensor] = {}
+        skip = torch.zeros((), device=self.device)
+        for stage, module in zip(self.stages, self.modules, strict=True):
+            if len(self.stages) > 1:
+                stage.focus()
+            each = [self._backward(stage, module, x, noise, index) for index in range(self.micro_batches)]
+            terms.append(torch.stack(each).mean(0))
+            norms |= {name: self._clip(name) for name in stage.trained}
+            finite = torch.isfinite(torch.stack([norms[name] for name in stage.trained])).all()
+            # A stage after a skipped one is skipped too.
+            skip = torch.maximum(skip, 1.0 - finite.to(torch.float32))
+            self._optimize(stage, skip)
         images_seen = self.state.progress.images_seen + self.batch_size
         decay = ema_decay(self.state.config.ema, images_seen, self.batch_size)
         self.state.update_ema(decay, skip)
-        self._accumulate(terms, norms, skip)
+        self._accumulate(torch.cat(terms), [norms[name] for name in self.trained], skip)
 
     def _to_device(self, images: Tensor) -> Tensor:
         x = to_float(images.to(self.device, non_blocking=True), self.dtype)
@@ -80,27 +95,32 @@ class Step:
         """This rank's rows of the global batch's noise: a function of (seed, purpose, images_seen), not of the rank."""
         start = self.rank * self.rows
         seed, seen = self.state.config.run.seed, self.state.progress.images_seen
+        # After a rollback the same images meet other noise; without one the seed is as if there were no such thing.
+        rollbacks = self.state.progress.rollbacks
+        again = ("rollback", rollbacks) if rollbacks else ()
         drawn = {}
         for name, shape in self.objective.noise_shapes(self.batch_size).items():
-            whole = standard_normal(shape, seed, "noise", name, seen, device=self.device)
+            whole = standard_normal(shape, seed, "noise", name, seen, *again, device=self.device)
             drawn[name] = whole[start : start + self.rows].to(self.dtype)
         return drawn
 
-    def _backward(self, x: Tensor, noise: dict[str, Tensor], index: int) -> Tensor:
+    def _backward(
+        self, stage: Objective, module: nn.Module, x: Tensor, noise: dict[str, Tensor], index: int
+    ) -> Tensor:
         """Gradients of one micro-batch, summed onto the others; returns its terms, stacked."""
         size = self.rows // self.micro_batches
         part = slice(index * size, (index + 1) * size)
         last = index == self.micro_batches - 1
         synchronise: AbstractContextManager[None] = nullcontext()
-        if isinstance(self.module, DistributedDataParallel) and not last:
-            synchronise = self.module.no_sync()
+        if isinstance(module, DistributedDataParallel) and not last:
+            synchronise = module.no_sync()
         with synchronise:
             with self._autocast():
-                loss, terms = self.module(
+                loss, terms = module(
                     x[part], {name: value[part] for name, value in noise.items()}, self.state.progress.phase_images
                 )
             (loss / self.micro_batches).backward()
-        return torch.stack([terms[name].to(torch.float64) for name in self.objective.term_names])
+        return torch.stack([terms[name].to(torch.float64) for name in stage.term_names])
 
     def _autocast(self) -> AbstractContextManager[None]:
         enabled = self.state.config.training.mixed_precision == "bf16"
@@ -118,21 +138,22 @@ class Step:
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _optimize(self, skip: Tensor) -> None:
+    def _optimize(self, stage: Objective, skip: Tensor) -> None:
         settings = self.state.config.optimizer
         budget = self.state.config.phase_images(self.phase)
         # The rate of a step is that of the images it will have seen, so that a warm-up never wastes a step at zero.
         images = self.state.progress.phase_images + self.batch_size
         factor = rate_factor(settings, images, budget + self.batch_size) * self.phase.learning_rate_scale
-        for name in self.trained:
+        factor *= self.state.config.training.rollback_rate_factor**self.state.progress.rollbacks
+        for name in stage.trained:
             optimizer = self.state.optimizers[name]
             optimizer.param_groups[0]["lr"] = settings.rate_of(name) * factor
             # The fused kernel reads this flag on the device and leaves weights and moments alone when it is set.
             optimizer.found_inf = skip  # type: ignore[attr-defined]
             optimizer.step()
 
-    def _accumulate(self, terms: list[Tensor], norms: list[Tensor], skip: Tensor) -> None:
-        values = torch.cat([torch.stack(terms).mean(0), torch.stack(norms).to(torch.float64)])
+    def _accumulate(self, terms: Tensor, norms: list[Tensor], skip: Tensor) -> None:
+        values = torch.cat([terms, torch.stack(norms).to(torch.float64)])
         # A skipped step counts as skipped and enters no mean.
         values = torch.where(skip > 0, torch.zeros_like(values), values)
         self.sums += torch.cat([values, skip.to(torch.float64).reshape(1)])

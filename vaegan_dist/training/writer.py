@@ -9,6 +9,7 @@ from torch import Tensor
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml
 from vaegan_dist.evaluation.pictures import comparison, grid, save_png, to_float, to_uint8
+from vaegan_dist.files import write_whole
 from vaegan_dist.models import latent_shape
 from vaegan_dist.reporting.curves import plot_curves
 from vaegan_dist.reporting.records import Record
@@ -33,8 +34,14 @@ class Writer:
         self.sinks: Sink | None = None
         if self.active:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(dump_yaml(config))
+            write_whole(folder / "config.yaml", dump_yaml(config).encode())
             self.sinks = self._open_sinks(resume_at)
+
+    def rewind(self, images_seen: int) -> None:
+        """Forget the rows past an image count: their work is done again."""
+        if self.sinks is not None:
+            self.sinks.close()
+            self.sinks = self._open_sinks(images_seen)
 
     def _open_sinks(self, resume_at: int | None) -> Sink:
         sinks: list[Sink] = [History(self.folder / "history.jsonl", resume_at)]
