@@ -218,6 +218,12 @@ class ObjectiveSection(Section):
     """pixel term, summed over an image: bernoulli (cross-entropy of (x + 1) / 2), l2 (half the squared error), l1"""
     reconstruction_weight: Weight = 1.0
     """weight of the pixel term"""
+    perceptual_weight: Weight = 0.0
+    """weight of the distance in a fixed network's features (Zhang et al. 2018, arXiv 1801.03924;
+    Rombach et al. 2022: 1)"""
+    perceptual_network: str | None = None
+    """that network: a TorchScript file, or module:function which returns a torch module; it maps [B, 3, H, W] in
+    [-1, 1] to one tensor of features or a list of them, [B, channels, ...] each"""
     similarity: Weight = 0.0
     """vaegan: weight of Larsen's learned similarity, half the squared distance of discriminator features"""
     similarity_layer: int = -1
@@ -231,10 +237,20 @@ class ObjectiveSection(Section):
     """adversarial loss (default non_saturating: Goodfellow et al. 2014, section 3)"""
     adversarial_weight: Weight = 1.0
     """weight of the adversarial loss in the decoder's (and encoder's) loss"""
-    fakes: Literal["prior", "prior+reconstruction"] = "prior"
-    """vaegan: pictures that the discriminator learns to tell from real ones (Larsen's code: prior; the paper: both)"""
+    adaptive_weight: bool = False
+    """vaegan: multiply adversarial_weight by |grad rec| / |grad adv| at the decoder's last layer, over all workers (per
+    micro-batch under gradient accumulation) (Esser et al. 2021, arXiv 2012.09841, equation 7; Rombach et al. 2022)"""
+    adaptive_weight_max: Weight = 1e4
+    """largest value of that ratio (1e4: the latent-diffusion reference implementation)"""
+    adversarial_start_images: Count = 0
+    """vaegan, gan: images of the phase before which neither player's adversarial loss trains anything
+    (Rombach et al. 2022: 50,001 steps)"""
+    fakes: Literal["prior", "prior+reconstruction", "reconstruction"] = "prior"
+    """vaegan: pictures that the discriminator learns to tell from real ones (Larsen et al. 2016, equation 9: prior,
+    algorithm 1: both; Rombach et al. 2022: reconstruction)"""
     adversarial_to_encoder: bool = False
-    """vaegan with fakes=prior+reconstruction: the adversarial loss of reconstructions trains the encoder as well"""
+    """vaegan where reconstructions are fakes: their adversarial loss trains the encoder as well
+    (Rombach et al. 2022: true)"""
     r1: Weight = 0.0
     """gamma of the penalty gamma/2 * |dD/dx|^2 on real pictures (Mescheder et al. 2018, arXiv 1801.04406)"""
     r2: Weight = 0.0

@@ -121,7 +121,7 @@ def walks(monkeypatch):
         calls.append(name)
         return index_shard(path, name, layout, tolerant=tolerant)
 
-    monkeypatch.setattr(shards_module, "index_shard", counted)
+    monkeypatch.setattr(shards_module, "index_file", counted)
     return calls
 
 

@@ -228,7 +228,7 @@ def test_the_cache_survives_and_is_bounded(server: Server, tmp_path: Path) -> No
     assert kept(tmp_path) == {f"{info(number).sha256}.tar" for number in (0, 2, 3)}, "1 was used longest ago"
     assert again.fetch(info(0)).stat().st_mtime_ns == changed, "use must not look like a change"
     again.close()
-    with pytest.raises(InputError, match="do not fit data.cache_bytes"):
+    with pytest.raises(InputError, match=r"do not fit data\.cache_bytes"):
         shards(server, tmp_path, cache_bytes=SIZE - 1)
 
 

@@ -111,6 +111,8 @@ def violations(thing: Manifest) -> Iterator[str]:
     spec = cluster_spec(thing)
     if spec is not None:
         yield from _cluster_violations(thing, spec)
+    if thing["kind"] == "CronJob":
+        yield from _cron_violations(thing["spec"])
     if thing["kind"] == "Secret":
         yield "a Secret among the manifests"
     if thing["kind"] in ("Service", "Ingress") or (spec or {}).get("headGroupSpec", {}).get("enableIngress"):
@@ -136,6 +138,24 @@ def _cluster_violations(thing: Manifest, spec: Manifest) -> Iterator[str]:
             yield "no stable run name: a retry would start over"
         if re.search(r"[;&|<>`$(){}\n]", job["entrypoint"]):
             yield "the submitter's shell would read part of the entrypoint"
+
+
+def _cron_violations(cron: Manifest) -> Iterator[str]:
+    if cron.get("concurrencyPolicy") != "Forbid":
+        yield "two nights could run at once"
+    needed = {"timeZone", "startingDeadlineSeconds", "successfulJobsHistoryLimit", "failedJobsHistoryLimit"}
+    for key in sorted(needed - set(cron)):
+        yield f"CronJob without {key}"
+    job = cron["jobTemplate"]["spec"]
+    if "activeDeadlineSeconds" not in job or "backoffLimit" not in job:
+        yield "a night without end"
+    pod = job["template"]["spec"]
+    if pod.get("restartPolicy") != "Never":
+        yield "podFailurePolicy needs restartPolicy Never"
+    for word in pod["containers"][0]["command"]:
+        name, _, seconds = word.partition("=")
+        if name == "--stop-seconds" and not 45 <= float(seconds) < pod.get("terminationGracePeriodSeconds", 30):
+            yield f"--stop-seconds={seconds} does not fit between checkpoint and grace period"
 
 
 def _pod_violations(pod: Manifest) -> Iterator[str]:

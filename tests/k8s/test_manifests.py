@@ -82,17 +82,28 @@ def at(thing: Any, path: tuple[Any, ...]) -> Any:
     return thing
 
 
-def test_a_misspelt_key_anywhere_is_refused(
-    shared: Path, rendered: dict[Combination, list[Manifest]], tmp_path: Path
+def misspell(parent: Manifest, key: str) -> None:
+    parent[key + "x"] = parent.pop(key)
+
+
+def mistype(parent: Manifest, key: str) -> None:
+    parent[key] = 1.5 if isinstance(parent[key], dict | list) else {"a": 1}
+
+
+@pytest.mark.parametrize("mutate", [misspell, mistype])
+def test_a_wrong_field_anywhere_is_refused(
+    shared: Path,
+    rendered: dict[Combination, list[Manifest]],
+    tmp_path: Path,
+    mutate: Callable[[Manifest, str], None],
 ) -> None:
-    """Every seventh key of every kind of object, in turn misspelt; no object is valid with it."""
+    """Every seventh key of every kind of object, in turn misspelt or given a wrong type; no object is valid with it."""
     kinds = {thing["kind"]: thing for overlay in OVERLAYS for thing in rendered[overlay, ()]}
     mutants = []
     for thing in kinds.values():
         for path in itertools.islice(keys(thing.get("spec", {})), 0, None, 7):
             mutant = copy.deepcopy(thing)
-            parent = at(mutant["spec"], path[:-1])
-            parent[path[-1] + "x"] = parent.pop(path[-1])
+            mutate(at(mutant["spec"], path[:-1]), path[-1])
             mutants.append((path, mutant))
     verdicts = check(shared, [mutant for _, mutant in mutants], tmp_path)
     assert len(mutants) > 60
@@ -161,6 +172,26 @@ def test_the_policy_notices(rendered: dict[Combination, list[Manifest]], mutatio
     job = copy.deepcopy(next(thing for thing in rendered["train", ()] if thing["kind"] == "RayJob"))
     MUTATIONS[mutation](job)
     assert [*operator_refuses(job), *violations(job)] != []
+
+
+CRON_MUTATIONS: dict[str, Callable[[Manifest], Any]] = {
+    "concurrency": lambda cron: cron.update(concurrencyPolicy="Allow"),
+    "no time zone": lambda cron: cron.pop("timeZone"),
+    "no starting deadline": lambda cron: cron.pop("startingDeadlineSeconds"),
+    "no end": lambda cron: cron["jobTemplate"]["spec"].pop("activeDeadlineSeconds"),
+    "short grace": lambda cron: cron["jobTemplate"]["spec"]["template"]["spec"].update(
+        terminationGracePeriodSeconds=60
+    ),
+    "token": lambda cron: cron["jobTemplate"]["spec"]["template"]["spec"].pop("automountServiceAccountToken"),
+}
+
+
+@pytest.mark.parametrize("mutation", CRON_MUTATIONS)
+def test_the_policy_notices_in_cron_jobs(rendered: dict[Combination, list[Manifest]], mutation: str) -> None:
+    job = copy.deepcopy(next(thing for thing in rendered["cron-submit", ()] if thing["kind"] == "CronJob"))
+    assert list(violations(job)) == []
+    CRON_MUTATIONS[mutation](job["spec"])
+    assert list(violations(job)) != []
 
 
 def test_what_is_named_exists(rendered: dict[Combination, list[Manifest]]) -> None:

@@ -79,7 +79,9 @@ def test_the_exponentials_lie_between_0_and_1():
     for scale in (0.1, 30.0):
         networks, x, draw = small_problem(MODELS["mlp"], scale=scale)
         networks.float()
-        objective = build_objective(phase_of("introspective"), ObjectiveSection(beta_neg=1e4), networks, batch_size=BATCH)
+        objective = build_objective(
+            phase_of("introspective"), ObjectiveSection(beta_neg=1e4), networks, batch_size=BATCH
+        )
         noise = {name: value.float() for name, value in draw(objective).items()}
         stage = objective.stages[0]
         stage.focus()
@@ -100,6 +102,4 @@ def test_one_player_alone():
 def test_nothing_to_reconstruct():
     networks, _, _ = small_problem(MODELS["mlp"])
     with pytest.raises(ConfigError, match="leaves introspective nothing to reconstruct"):
-        build_objective(
-            phase_of("introspective"), ObjectiveSection(reconstruction="none"), networks, batch_size=BATCH
-        )
+        build_objective(phase_of("introspective"), ObjectiveSection(reconstruction="none"), networks, batch_size=BATCH)

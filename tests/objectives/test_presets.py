@@ -17,7 +17,11 @@ def test_preset_trains(name):
     """One step of each phase moves exactly what the phase trains, and every term is a number."""
     channels, side = SIZES.get(name, (1, 28))
     batch = 8 if side == 28 else 2
-    overrides = [f"training.batch_size={batch}", "model.minibatch_std=4"] if side == 28 else [f"training.batch_size={batch}"]
+    overrides = (
+        [f"training.batch_size={batch}", "model.minibatch_std=4"] if side == 28 else [f"training.batch_size={batch}"]
+    )
+    if name.startswith("kl-"):
+        overrides.append("objective.adversarial_start_images=0")
     config = load_config(name, overrides=[*overrides, *([HEAVY[name]] if name in HEAVY else [])])
     state = create_state(config, ImageShape(channels, side, side), torch.device("cpu"), torch.float32)
     generator = torch.Generator().manual_seed(0)

@@ -43,7 +43,7 @@ GENERATOR = {
 
 def reconstruction_loss(s: ObjectiveSection, nets: nn.ModuleDict, z: Tensor, x: Tensor, *, learned: bool) -> Tensor:
     a = nets["decoder"].pre_image(z)
-    p, t, x_rec = torch.sigmoid(a), (x + 1) / 2, torch.tanh(a / 2)
+    p, t, x_rec = torch.sigmoid(a), (x + 1) / 2, nets["decoder"](z)
     loss = {
         "bernoulli": lambda: -(t * torch.log(p) + (1 - t) * torch.log(1 - p)),
         "l2": lambda: (x - x_rec) ** 2 / 2,
@@ -71,8 +71,8 @@ def encoder_loss(s, nets, x, noise, objective, beta):
 
 
 def _fakes(s, nets, noise, x, objective):
-    fakes = [nets["decoder"](noise["z_prior"])]
-    if objective == "vaegan" and s.fakes == "prior+reconstruction":
+    fakes = [] if s.fakes == "reconstruction" else [nets["decoder"](noise["z_prior"])]
+    if objective == "vaegan" and "reconstruction" in s.fakes:
         mu, logvar = nets["encoder"].moments(x)
         z = (mu + torch.exp(logvar / 2) * noise["eps"]).detach()
         fakes.append(nets["decoder"](z))
@@ -95,7 +95,8 @@ def decoder_loss(s, nets, x, noise, objective):
 
 def gradient_norm_squared(d, image):
     image = image.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(d(image).sum(), image, create_graph=True)
+    logit_of_an_image = d(image).flatten(1).mean(1) if d.patches else d(image)
+    (gradient,) = torch.autograd.grad(logit_of_an_image.sum(), image, create_graph=True)
     return (gradient**2).sum(dim=(1, 2, 3))
 
 

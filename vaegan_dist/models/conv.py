@@ -99,7 +99,7 @@ class ConvDecoder(Decoder):
         self.head = nn.Conv2d(channels[-1], image.channels, model.kernel_size, padding=model.kernel_size // 2)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.head.weight
 
     def pre_image(self, z: Tensor) -> Tensor:

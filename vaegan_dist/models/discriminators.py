@@ -20,9 +20,7 @@ class PatchDiscriminator(Discriminator):
         super().__init__(image)
         count, base = model.discriminator_layers, model.discriminator_channels
         if min(image.height, image.width) >> count < 3:
-            raise ConfigError(
-                f"model.discriminator_layers={count} leaves no patch of pictures of {image}; use fewer"
-            )
+            raise ConfigError(f"model.discriminator_layers={count} leaves no patch of pictures of {image}; use fewer")
         layers = []
         before = image.channels
         for index in range(count + 1):

@@ -49,9 +49,9 @@ class ResnetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.conv1(F.silu(self.norm1(x)))
-        hidden = self.conv2(F.silu(self.norm2(hidden)))
+        changed: Tensor = self.conv2(F.silu(self.norm2(hidden)))
         same: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return same + hidden
+        return same + changed
 
 
 class Attention(nn.Module):
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         batch, channels, height, width = x.shape
         positions = self.group_norm(x).flatten(2).transpose(1, 2)
         query, key, value = (to(positions).unsqueeze(1) for to in (self.to_q, self.to_k, self.to_v))
-        attended = self.to_out[0](F.scaled_dot_product_attention(query, key, value).squeeze(1))
+        attended: Tensor = self.to_out[0](F.scaled_dot_product_attention(query, key, value).squeeze(1))
         return x + attended.transpose(1, 2).reshape(batch, channels, height, width)
 
 
@@ -174,7 +174,7 @@ class KlDecoder(Decoder):
         self.conv_out = nn.Conv2d(widths[-1], image.channels, 3, padding=1)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.conv_out.weight
 
     def pre_image(self, z: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ class MlpDecoder(Decoder):
         self.head = nn.Linear(widths[-1], image.channels * image.height * image.width)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         return self.head.weight
 
     def pre_image(self, z: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ class Decoder(nn.Module):
         self.image = image
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """Weight of the layer that gives `pre_image`, where the adaptive weight compares gradients."""
         raise NotImplementedError
 

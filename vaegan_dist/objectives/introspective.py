@@ -9,8 +9,8 @@ and x_f one of x_rec = D(E(x)) and x_gen = D(z_prior), pictures that the encoder
 The exponents are minus a sum of terms that are not negative, so that the exponentials lie in (0, 1].
 
 The players move in turn, so an optimiser step has two stages. The decoder's stage encodes x with the encoder that has
-just moved, where the reference implementation keeps the z of before: a stage stands for itself, and the decoder learns to
-decode what the encoder says now.
+just moved, where the reference implementation keeps the z of before: a stage stands for itself, and the decoder learns
+to decode what the encoder says now.
 """
 
 import math
@@ -23,7 +23,7 @@ from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
 from vaegan_dist.objectives.base import Objective, Terms
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
-from vaegan_dist.objectives.reconstruction import has_reconstruction, pixel_loss
+from vaegan_dist.objectives.reconstruction import check_pixel, has_pixel, pixel_loss
 
 PLAYERS: tuple[NetworkName, NetworkName] = ("encoder", "decoder")
 FAKES = ("rec", "gen")
@@ -112,12 +112,14 @@ class Introspective(Objective):
     """Encoder against decoder, one after the other in each optimiser step."""
 
     def __init__(self, phase: Phase, settings: ObjectiveSection, networks: nn.ModuleDict) -> None:
-        if not has_reconstruction(settings, similarity=False):
+        if not has_pixel(settings):
             raise ConfigError(
                 f"phases.{phase.name}.settings.reconstruction={settings.reconstruction} with weight "
-                f"{settings.reconstruction_weight:g} leaves introspective nothing to reconstruct; choose bernoulli, l2 or l1"
+                f"{settings.reconstruction_weight:g} leaves introspective nothing to reconstruct; "
+                f"choose bernoulli, l2 or l1"
             )
         super().__init__(phase, settings, networks, PLAYERS, PLAYERS)
+        check_pixel(settings, self.decoder)
         trained = self.trained
         kinds = {"encoder": EncoderStage, "decoder": DecoderStage}
         # In a tuple and not a module list: the networks are registered once, here.
@@ -131,4 +133,4 @@ class Introspective(Objective):
 
     def noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         names = ("eps", "z_prior", *(f"eps_{name}" for name in FAKES))
-        return {name: (batch, *self.encoder.latent_shape) for name in names}
+        return dict.fromkeys(names, (batch, *self.encoder.latent_shape))

@@ -5,8 +5,11 @@ from torch import Tensor
 
 
 def input_gradient(logits: Tensor, x: Tensor) -> Tensor:
-    """Gradient of each image's logit in the image, differentiable in the weights; `x` is what `logits` came from."""
-    (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    """Gradient of each image's logit (mean over patches) in the image, differentiable in the weights.
+
+    `x` is what `logits` came from.
+    """
+    (gradient,) = torch.autograd.grad(logits.reshape(len(x), -1).mean(1).sum(), x, create_graph=True)
     return gradient
 
 

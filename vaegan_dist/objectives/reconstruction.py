@@ -4,6 +4,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vaegan_dist.config import ObjectiveSection
+from vaegan_dist.errors import ConfigError
 from vaegan_dist.models.networks import Decoder, wide
 
 
@@ -33,5 +34,18 @@ def similarity_loss(features_rec: Tensor, features_real: Tensor) -> Tensor:
 
 def has_reconstruction(settings: ObjectiveSection, *, similarity: bool) -> bool:
     """Whether any term compares a picture with its reconstruction."""
-    pixel = settings.reconstruction != "none" and settings.reconstruction_weight > 0
-    return pixel or (similarity and settings.similarity > 0)
+    return has_pixel(settings) or settings.perceptual_weight > 0 or (similarity and settings.similarity > 0)
+
+
+def has_pixel(settings: ObjectiveSection) -> bool:
+    """Whether a term compares pixels."""
+    return settings.reconstruction != "none" and settings.reconstruction_weight > 0
+
+
+def check_pixel(settings: ObjectiveSection, decoder: Decoder) -> None:
+    """A cross-entropy needs a decoder whose output is a logit."""
+    if has_pixel(settings) and settings.reconstruction == "bernoulli" and not decoder.bounded:
+        raise ConfigError(
+            "objective.reconstruction=bernoulli needs a decoder that gives probabilities, and that of model.network=kl "
+            "gives pictures; choose l1 or l2"
+        )

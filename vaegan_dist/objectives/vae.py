@@ -5,9 +5,11 @@ from torch import Tensor, nn
 
 from vaegan_dist.config import ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
+from vaegan_dist.models.networks import wide
 from vaegan_dist.objectives.base import Objective, Terms
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
-from vaegan_dist.objectives.reconstruction import has_reconstruction, pixel_loss
+from vaegan_dist.objectives.perceptual import build_perceptual
+from vaegan_dist.objectives.reconstruction import check_pixel, has_pixel, has_reconstruction, pixel_loss
 
 
 class Vae(Objective):
@@ -20,7 +22,10 @@ class Vae(Objective):
                 f"{settings.reconstruction_weight:g} leaves vae nothing to reconstruct; choose bernoulli, l2 or l1"
             )
         super().__init__(phase, settings, networks, ("encoder", "decoder"), ("encoder", "decoder"))
-        self.term_names = ("loss_rec", "loss_kl", "beta")
+        check_pixel(settings, self.decoder)
+        self.perceptual = build_perceptual(settings, self.decoder.last_layer)
+        rec = (["loss_rec"] if has_pixel(settings) else []) + (["loss_perceptual"] if self.perceptual else [])
+        self.term_names = (*rec, "loss_kl", "beta")
 
     def noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {"eps": (batch, *self.encoder.latent_shape)}
@@ -30,14 +35,17 @@ class Vae(Objective):
         with torch.set_grad_enabled(self.learns("encoder")):
             posterior = self.encoder(x)
             z = posterior.sample(noise["eps"]).to(x.dtype)
-        loss_rec = pixel_loss(settings.reconstruction, self.decoder, self.decoder.pre_image(z), x).mean()
-        total = settings.reconstruction_weight * loss_rec
+        pre_image = self.decoder.pre_image(z)
+        terms: Terms = {}
+        total = wide(pre_image).new_zeros(())
+        if has_pixel(settings):
+            terms["loss_rec"] = pixel_loss(settings.reconstruction, self.decoder, pre_image, x).mean()
+            total = total + settings.reconstruction_weight * terms["loss_rec"]
+        if self.perceptual:
+            terms["loss_perceptual"] = self.perceptual(self.decoder.to_image(pre_image), x).mean()
+            total = total + settings.perceptual_weight * terms["loss_perceptual"]
         if self.learns("encoder"):
             total = total + weighted_kl(settings, posterior, images_seen).mean()
-        return total, self.ordered(
-            {
-                "loss_rec": loss_rec,
-                "loss_kl": posterior.kl_per_dim().sum(1).mean(),
-                "beta": total.new_full((), beta_at(settings, images_seen)),
-            }
-        )
+        terms["loss_kl"] = posterior.kl_per_dim().sum(1).mean()
+        terms["beta"] = total.new_full((), beta_at(settings, images_seen))
+        return total, self.ordered(terms)

@@ -15,6 +15,7 @@ Where one seed cannot serve both players (the discriminator couples images, or R
 twice: once here, down to the picture, and once in the final backward pass for D's weights.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,11 +26,19 @@ from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
 from vaegan_dist.models.networks import wide
 from vaegan_dist.objectives.adversarial import LOSSES
+from vaegan_dist.objectives.balance import balance_of
 from vaegan_dist.objectives.base import Objective, Terms, uniform
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.penalties import one_centred, zero_centred
-from vaegan_dist.objectives.players import Judged, judge, play
-from vaegan_dist.objectives.reconstruction import has_reconstruction, pixel_loss, similarity_loss
+from vaegan_dist.objectives.perceptual import build_perceptual
+from vaegan_dist.objectives.players import Balance, Judged, judge, play
+from vaegan_dist.objectives.reconstruction import (
+    check_pixel,
+    has_pixel,
+    has_reconstruction,
+    pixel_loss,
+    similarity_loss,
+)
 from vaegan_dist.objectives.routing import Boundary, carry
 
 
@@ -44,6 +53,8 @@ class Reconstruction:
     """what the decoder saw: z, or a leaf that keeps the decoder's gradients from the encoder"""
     pre_image: Tensor
     x_rec: Tensor
+    at_last_layer: Tensor | None = None
+    """gradient of the reconstruction's loss in the decoder's last layer, where something asks for it"""
 
 
 class VaeGan(Objective):
@@ -53,7 +64,8 @@ class VaeGan(Objective):
         players: tuple[NetworkName, ...] = ("decoder", "discriminator")
         trainable: tuple[NetworkName, ...] = players if phase.objective == "gan" else ("encoder", *players)
         learned = phase.train or trainable
-        self.rec_is_fake = settings.fakes == "prior+reconstruction"
+        self.rec_is_fake = settings.fakes != "prior"
+        self.gen_is_fake = settings.fakes != "reconstruction"
         _check(phase, settings)
         reconstructs = phase.objective == "vaegan" and {"encoder", "decoder"} & set(learned)
         encodes = bool(reconstructs) or self.rec_is_fake
@@ -61,11 +73,18 @@ class VaeGan(Objective):
         self.learns_rec = bool(reconstructs) and has_reconstruction(settings, similarity=True)
         self.similarity = settings.similarity if self.learns_rec else 0.0
         self.encodes = self.learns_rec or self.rec_is_fake
-        self.plays = self.learns("decoder") and settings.adversarial_weight > 0
+        self.perceptual = None
+        if self.learns_rec:
+            check_pixel(settings, self.decoder)
+            self.perceptual = build_perceptual(settings, self.decoder.last_layer)
+        self.plays = self.gen_is_fake and self.learns("decoder") and settings.adversarial_weight > 0
         self.rec_plays = (
             self.rec_is_fake
             and settings.adversarial_weight > 0
             and (self.learns("decoder") or (self.learns("encoder") and settings.adversarial_to_encoder))
+        )
+        self.balances = (
+            settings.adaptive_weight and self.learns_rec and self.learns("decoder") and (self.plays or self.rec_plays)
         )
         self.judges = self.plays or self.rec_plays or self.learns("discriminator")
         self.judges_real = self.learns("discriminator") or (self.judges and LOSSES[settings.adversarial].needs_real)
@@ -78,7 +97,7 @@ class VaeGan(Objective):
         shapes: dict[str, tuple[int, ...]] = {}
         if self.encodes:
             shapes["eps"] = (batch, *self.encoder.latent_shape)
-        if self.judges:
+        if self.judges and self.gen_is_fake:
             shapes["z_prior"] = (batch, *self.decoder.latent_shape)
         if self.settings.gradient_penalty and self.learns("discriminator"):
             shapes["mix"] = (batch, 1, 1, 1)
@@ -92,45 +111,52 @@ class VaeGan(Objective):
         real, logits_real, features_real = self._judge_real(x, leaf=penalise and self.settings.r1 > 0)
         fakes: dict[str, Judged] = {}
         learns = self.learns("discriminator")
-        leaf = penalise and self.settings.r2 > 0 and learns
-        if self.judges:
+        leaf = (penalise and self.settings.r2 > 0 and learns) or self.balances
+        if self.judges and self.gen_is_fake:
             with torch.set_grad_enabled(self.plays):
                 x_gen = self.decoder(noise["z_prior"])
             fakes["gen"] = judge(self.discriminator, x_gen, learns=learns, plays=self.plays, leaf=leaf)
-        if rec and self.rec_is_fake:
+        if rec and self.rec_is_fake and self.judges:
             layer = self.layer if self.similarity else None
             fakes["rec"] = judge(
                 self.discriminator, rec.x_rec, learns=learns, plays=self.rec_plays, leaf=leaf, layer=layer
             )
         if rec and self.learns_rec:
             total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), images_seen, terms)
+        active = images_seen >= self.settings.adversarial_start_images
         if self.judges:
-            game, played = play(self.loss, self.settings.adversarial_weight, logits_real, fakes, learns=learns)
+            game, played = play(
+                self.loss,
+                self.settings.adversarial_weight,
+                logits_real,
+                fakes,
+                learns=learns,
+                balance=self._balance(rec),
+                active=active,
+            )
             total = total + game
             terms |= played
         if learns:
-            total = total + self._penalty_terms(real, logits_real, fakes, noise, penalise, terms)
+            total = total + active * self._penalty_terms(real, logits_real, fakes, noise, penalise, terms)
         return total, self.ordered(terms)
 
     def _term_names(self) -> tuple[str, ...]:
         names: list[str] = []
         if self.learns_rec:
-            names += ["loss_rec"] if self._pixel else []
+            names += ["loss_rec"] if has_pixel(self.settings) else []
+            names += ["loss_perceptual"] if self.perceptual else []
             names += ["loss_sim"] if self.similarity else []
             names += ["loss_kl", "beta"]
         if self.judges:
-            kinds = ["gen", "rec"] if self.rec_is_fake else ["gen"]
+            kinds = ["gen"] * self.gen_is_fake + ["rec"] * self.rec_is_fake
             names += ["loss_adv"] if self.plays or self.rec_plays else []
+            names += ["adaptive_weight"] if self.balances else []
             names += ["loss_disc"] if self.learns("discriminator") else []
             kinds = ["real", *kinds] if self.judges_real else kinds
             names += [f"{what}_{kind}" for what in ("accuracy", "logits") for kind in kinds]
         if self.learns("discriminator"):
             names += [name for name, weight in self._penalties.items() if weight]
         return tuple(names)
-
-    @property
-    def _pixel(self) -> bool:
-        return has_reconstruction(self.settings, similarity=False)
 
     @property
     def _penalties(self) -> dict[str, float]:
@@ -191,9 +217,12 @@ class VaeGan(Objective):
         """What carries the reconstruction's gradient to the decoder (times gamma) and to the encoder, and the KL."""
         settings = self.settings
         loss = wide(rec.pre_image).new_zeros(())
-        if self._pixel:
+        if has_pixel(settings):
             terms["loss_rec"] = pixel_loss(settings.reconstruction, self.decoder, rec.pre_image, x).mean()
             loss = loss + settings.reconstruction_weight * terms["loss_rec"]
+        if self.perceptual:
+            terms["loss_perceptual"] = self.perceptual(rec.x_rec, x).mean()
+            loss = loss + settings.perceptual_weight * terms["loss_perceptual"]
         if features_real is not None:
             seen = judged.seen if judged else rec.x_rec.detach().requires_grad_()
             features = judged.features if judged else None
@@ -202,6 +231,9 @@ class VaeGan(Objective):
             terms["loss_sim"] = similarity_loss(features, features_real).mean()
             (gradient,) = torch.autograd.grad(settings.similarity * terms["loss_sim"], seen, retain_graph=bool(judged))
             loss = loss + carry(rec.x_rec, gradient)
+        if self.balances:
+            (gradient,) = torch.autograd.grad(loss, rec.pre_image, retain_graph=True)
+            rec.at_last_layer = self._at_last_layer(rec.pre_image, gradient)
         kl = weighted_kl(settings, rec.posterior, images_seen).mean()
         terms["loss_kl"] = rec.posterior.kl_per_dim().sum(1).mean()
         terms["beta"] = kl.new_full((), beta_at(settings, images_seen))
@@ -213,6 +245,23 @@ class VaeGan(Objective):
         (at_z,) = torch.autograd.grad(rec.pre_image, rec.z_in, at_pre_image, retain_graph=True)
         to_encoder = 1 - settings.gamma if rec.z_in is rec.z else 1.0
         return settings.gamma * carry(rec.pre_image, at_pre_image) + to_encoder * carry(rec.z, at_z) + kl
+
+    def _at_last_layer(self, output: Tensor, gradient: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(output, self.decoder.last_layer, gradient, retain_graph=True)
+        return found
+
+    def _balance(self, rec: Reconstruction | None) -> Balance | None:
+        """The adaptive weight, once both gradients at the decoder's last layer are known."""
+        if not self.balances:
+            return None
+        assert rec is not None and rec.at_last_layer is not None
+        at_rec, settings = rec.at_last_layer, self.settings
+
+        def balance(at_images: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+            at_adv = torch.stack([self._at_last_layer(image, gradient) for image, gradient in at_images]).sum(0)
+            return balance_of(at_rec, at_adv / settings.adversarial_weight, settings.adaptive_weight_max)
+
+        return balance
 
     def _penalty_terms(
         self,
@@ -235,7 +284,8 @@ class VaeGan(Objective):
             terms["penalty_r2"] = settings.penalty_interval * settings.r2 * torch.stack(each).sum()
         if settings.gradient_penalty:
             share = uniform(noise["mix"])
-            between = (share * real.detach() + (1 - share) * fakes["gen"].image.detach()).requires_grad_()
+            fake = next(iter(fakes.values())).image.detach()
+            between = (share * real.detach() + (1 - share) * fake).requires_grad_()
             penalty = one_centred(wide(self.discriminator(between)), between).mean()
             terms["penalty_gp"] = settings.gradient_penalty * penalty
         return sum((terms[name] for name, weight in self._penalties.items() if weight), start=zero)
@@ -261,4 +311,8 @@ def _check(phase: Phase, settings: ObjectiveSection) -> None:
             f"or use objective gan"
         )
     if settings.adversarial_to_encoder and settings.fakes == "prior" and phase.objective == "vaegan":
-        raise ConfigError(f"{where}.adversarial_to_encoder=true needs fakes=prior+reconstruction")
+        raise ConfigError(f"{where}.adversarial_to_encoder=true needs fakes=prior+reconstruction or reconstruction")
+    if settings.adaptive_weight and phase.objective == "gan":
+        raise ConfigError(
+            f"{where}.adaptive_weight=true: objective gan has no reconstruction to balance; set it to false"
+        )

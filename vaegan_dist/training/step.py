@@ -57,9 +57,7 @@ class Step:
         if len(self.stages) > 1:
             stage.focus()
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(
-            stage, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False
-        )
+        return DistributedDataParallel(stage, device_ids=ids, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def __call__(self, images: Tensor) -> None:
         """Train on this rank's rows `[B / world_size, C, H, W]` of the next global batch (uint8)."""
@@ -104,9 +102,7 @@ class Step:
             drawn[name] = whole[start : start + self.rows].to(self.dtype)
         return drawn
 
-    def _backward(
-        self, stage: Objective, module: nn.Module, x: Tensor, noise: dict[str, Tensor], index: int
-    ) -> Tensor:
+    def _backward(self, stage: Objective, module: nn.Module, x: Tensor, noise: dict[str, Tensor], index: int) -> Tensor:
         """Gradients of one micro-batch, summed onto the others; returns its terms, stacked."""
         size = self.rows // self.micro_batches
         part = slice(index * size, (index + 1) * size)
