@@ -18,7 +18,7 @@ MISTAKES = {
     "phases.vae.settings.betta=3": ("phases.vae.settings.betta=3", "unknown key", "'beta'"),
     "phases.vae.settings.beta=-3": ("phases.vae.settings.beta=-3", "greater than or equal to 0"),
     "phases.nope.images=3": ("phases.nope", "no such item", "vae"),
-    "phases.vae.objective=vee": ("vee", "'vae', 'gan' or 'vaegan'"),
+    "phases.vae.objective=vee": ("vee", "'vae', 'gan', 'vaegan' or 'introspective'"),
     "training.batch_size=many": ("training.batch_size=many", "integer"),
     "training.batch_size=0": ("training.batch_size=0", "greater than 0"),
     "optimizer.learning_rate=-1": ("optimizer.learning_rate=-1", "greater than 0"),
@@ -84,6 +84,16 @@ def test_a_resolved_preset_reads_back_to_itself(preset: str, tmp_path) -> None: 
     path = tmp_path / "config.yaml"
     path.write_text(dump_yaml(config))
     assert load_config(files=[path]) == config
+
+
+def test_a_resolved_configuration_may_have_left_its_presets_network(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {network: conv, latent_dim: 4}\n")
+    config = load_config("seed-mlp", [mine])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump_yaml(config))
+    assert load_config(files=[saved]) == config
+    assert config.preset == "seed-mlp" and config.model.network == "conv"
 
 
 def test_every_key_is_explained() -> None:

@@ -59,7 +59,7 @@ def load_config(preset: str | None = None, files: Sequence[str | Path] = (), ove
     tree = preset_tree(named) if named else {}
     tree.setdefault("phases", Config().model_dump(mode="json")["phases"])
     for layer in trees:
-        tree = merge_tree(tree, layer)
+        tree = _lay(tree, layer)
     for item in overrides:
         _override(tree, item)
     if isinstance(tree.get("model"), dict):
@@ -70,6 +70,18 @@ def load_config(preset: str | None = None, files: Sequence[str | Path] = (), ove
         if isinstance(tree["run"], dict):
             tree["run"].setdefault("name", named)
     return validate(tree)
+
+
+def _lay(tree: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """A file over the tree so far; a `model` of another network replaces the whole section, whose keys it lacks."""
+    below, above = tree.get("model"), layer.get("model")
+    if (
+        isinstance(below, dict)
+        and isinstance(above, dict)
+        and above.get("network", below.get("network")) != below.get("network")
+    ):
+        tree = {**tree, "model": above}
+    return merge_tree(tree, layer)
 
 
 def validate(tree: dict[str, Any]) -> Config:

@@ -75,13 +75,13 @@ def soak(digits: Path, folder: Path, faults: int, seed: int, images: int, timeou
 
 @pytest.mark.multiprocess
 def test_a_handful_of_random_faults_leaves_no_trace(digits: Path, tmp_path: Path) -> None:
-    soak(digits, tmp_path, faults=5, seed=1, images=6_400, timeout=280)
+    soak(digits, tmp_path, faults=5, seed=1, images=19_200, timeout=280)
 
 
 @pytest.mark.chaos
 @pytest.mark.multiprocess
 @pytest.mark.timeout(5400)
 def test_two_hundred_random_faults_leave_no_trace(digits: Path, tmp_path: Path) -> None:
-    end = soak(digits, tmp_path, faults=200, seed=2, images=192_000, timeout=5000)
+    end = soak(digits, tmp_path, faults=200, seed=2, images=512_000, timeout=5000)
     kinds = end["kinds"]
     assert isinstance(kinds, dict) and len(kinds) == 9

@@ -12,7 +12,7 @@ from reader_shards import chunk_set, describe, encoded, files_set, npy, pack, pi
 
 from vaegan_dist.data import shards as shards_module
 from vaegan_dist.data.dataset import open_dataset
-from vaegan_dist.data.index import NO_LABEL, PICTURE_KINDS, index_shard, shard_keys, split_name
+from vaegan_dist.data.index import NO_LABEL, PICTURE_KINDS, index_file, index_shard, shard_keys, split_name
 from vaegan_dist.data.tar import ShardFile, walk
 from vaegan_dist.errors import DataError
 
@@ -117,9 +117,9 @@ def walks(monkeypatch):
     """Counts the walks over shards."""
     calls = []
 
-    def counted(path, name, layout, *, tolerant):
-        calls.append(name)
-        return index_shard(path, name, layout, tolerant=tolerant)
+    def counted(file, layout, *, tolerant):
+        calls.append(file.name)
+        return index_file(file, layout, tolerant=tolerant)
 
     monkeypatch.setattr(shards_module, "index_file", counted)
     return calls

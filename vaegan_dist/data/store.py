@@ -163,7 +163,8 @@ class RemoteShards:
         for again in (True, False):
             self._fill(shard, part)
             if file_sha256(part) == shard.sha256:
-                part.replace(path)
+                with locked(self._cache / "room"):  # who counts the cache sees it under one of its names
+                    part.replace(path)
                 return
             part.unlink()  # the rest of another upload may have been continued: once more from the start
             if not again:
@@ -303,6 +304,7 @@ def _abandoned(part: Path) -> bool:
         return True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # not left to close: a forked process may hold the descriptor too
         return True
     except BlockingIOError:
         return False
