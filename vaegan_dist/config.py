@@ -77,8 +77,6 @@ class TrainingSection(Section):
     """bf16 runs networks under autocast; losses, norms and optimisers stay float32"""
     channels_last: bool = True
     """memory format of pictures and convolution weights"""
-    compile: bool = False
-    """compile the step with torch.compile"""
     torch_threads: Count = 0
     """threads for tensor operations per worker (0: the CPUs of the worker)"""
     max_skipped_steps: Count = 3
