@@ -108,7 +108,34 @@ class ConvDecoder(Decoder):
         return pre_image
 
 
-class ConvDiscriminator(Discriminator):
+class StagedDiscriminator(Discriminator):
+    """A discriminator that walks down stages of convolutions and then judges."""
+
+    layers: nn.ModuleList
+
+    def judge(self, hidden: Tensor) -> Tensor:
+        """Output of the last stage -> logits with one channel, `[B, 1, ...]`."""
+        raise NotImplementedError
+
+    def features(self, x: Tensor, layer: int) -> Tensor:
+        for stage in self.layers[:layer]:
+            x = stage(x)
+        last = self.layers[layer]
+        assert isinstance(last, Down)
+        features: Tensor = last.conv(x)
+        return features
+
+    def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        features = self.features(x, layer)
+        last = self.layers[layer]
+        assert isinstance(last, Down)
+        hidden = last.finish(features)
+        for stage in self.layers[layer + 1 :]:
+            hidden = stage(hidden)
+        return self.judge(hidden).squeeze(1), features
+
+
+class ConvDiscriminator(StagedDiscriminator):
     """(Stem at full resolution,) stages of stride 2, a fully connected layer, 1; its layers are the convolutions."""
 
     def __init__(self, model: ConvModel, image: ImageShape) -> None:
@@ -135,19 +162,6 @@ class ConvDiscriminator(Discriminator):
         self.depth = len(self.layers)
         self.independent = not model.minibatch_std
 
-    def features(self, x: Tensor, layer: int) -> Tensor:
-        for stage in self.layers[:layer]:
-            x = stage(x)
-        last = self.layers[layer]
-        assert isinstance(last, Down)
-        features: Tensor = last.conv(x)
-        return features
-
-    def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        features = self.features(x, layer)
-        last = self.layers[layer]
-        assert isinstance(last, Down)
-        hidden = last.finish(features)
-        for stage in self.layers[layer + 1 :]:
-            hidden = stage(hidden)
-        return self.head(self.hidden(self.deviation(hidden))).squeeze(1), features
+    def judge(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.hidden(self.deviation(hidden)))
+        return logits

@@ -4,13 +4,13 @@ from torch import Tensor, nn
 
 from vaegan_dist.config import KlModel
 from vaegan_dist.errors import ConfigError
-from vaegan_dist.models.conv import Down
-from vaegan_dist.models.networks import Discriminator, ImageShape
+from vaegan_dist.models.conv import Down, StagedDiscriminator
+from vaegan_dist.models.networks import ImageShape
 
 KERNEL, PADDING, WIDEST = 4, 1, 8
 
 
-class PatchDiscriminator(Discriminator):
+class PatchDiscriminator(StagedDiscriminator):
     """Convolutions 4x4 of stride 2, one of stride 1, and one to a logit; the first has no norm. Its layers are they."""
 
     patches = True
@@ -33,19 +33,6 @@ class PatchDiscriminator(Discriminator):
         self.head = nn.Conv2d(before, 1, KERNEL, padding=PADDING)
         self.depth = len(layers)
 
-    def features(self, x: Tensor, layer: int) -> Tensor:
-        for stage in self.layers[:layer]:
-            x = stage(x)
-        last = self.layers[layer]
-        assert isinstance(last, Down)
-        features: Tensor = last.conv(x)
-        return features
-
-    def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        features = self.features(x, layer)
-        last = self.layers[layer]
-        assert isinstance(last, Down)
-        hidden = last.finish(features)
-        for stage in self.layers[layer + 1 :]:
-            hidden = stage(hidden)
-        return self.head(hidden).squeeze(1), features
+    def judge(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.head(hidden)
+        return logits
