@@ -1,0 +1,142 @@
+"""The command that trains."""
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from vaegan_dist.commands.common import Subparsers
+from vaegan_dist.config import Config
+from vaegan_dist.config_source import dump_yaml, load_config, preset_names, reference
+from vaegan_dist.reporting.progress import Progress
+from vaegan_dist.training.describe import Plan, describe
+from vaegan_dist.training.failure import Aftermath
+from vaegan_dist.training.resume import refuse_existing, run_folder
+
+STOPPED = 75  # EX_TEMPFAIL: a checkpoint stands, and the same command continues
+
+
+def add_train(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model, or continue a run",
+        description="Train a model. The same command again continues the run of that name.",
+        epilog=_configuration_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--preset", help=f"start from a preset: {', '.join(preset_names())}")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset")
+    parser.add_argument("--runtime", choices=["ray", "local"], default="ray", help="default: ray")
+    parser.add_argument(
+        "--address", default="auto", help="Ray cluster: auto (default), local (start one here), or an address"
+    )
+    parser.add_argument("--worker-logs", action="store_true", help="also show what Ray's workers print")
+    parser.add_argument("--name", help="short for run.name")
+    parser.add_argument("--storage", help="short for run.storage")
+    parser.add_argument("--data", help="short for data.path")
+    parser.add_argument("--workers", help="short for cluster.workers")
+    parser.add_argument("--seed", help="short for run.seed")
+    parser.add_argument("--fresh", action="store_true", help="a new run; an error where one of that name stands")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, and exit")
+    parser.set_defaults(run=train_command, takes_overrides=True)
+
+
+def _configuration_help() -> str:
+    """Every configuration key with type, default and meaning."""
+    lines = ["configuration keys, as KEY=VALUE or --KEY VALUE (defaults of no preset):", ""]
+    for key, kind, default, description in reference(Config()):
+        lines += [f"  {key} ({kind}, default {default})", f"      {description}"]
+    return "\n".join(lines)
+
+
+def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Train, and say what was made and where."""
+    config = load_config(options.preset, options.config, [*_short_forms(options), *overrides])
+    if options.runtime == "ray":
+        # Ray takes seconds to import; only the commands that use it pay for that.
+        from vaegan_dist.cluster.ray_train import train_on_ray, with_absolute_paths
+
+        config = with_absolute_paths(config)
+    if options.dry_run:
+        print(dump_yaml(config))
+        print(_plan_text(config, describe(config)))
+        return 0
+    if options.fresh:
+        refuse_existing(run_folder(config))
+    started = time.monotonic()
+    progress = Progress(sys.stdout, total_images=config.total_images, run=config.run.name)
+    with closing(progress), Aftermath(config, progress.update) as aftermath:
+        if options.runtime == "ray":
+            outcome = train_on_ray(config, aftermath.note, options.address, options.worker_logs)
+        else:
+            from vaegan_dist.cluster.runtime import train_local
+
+            outcome = train_local(config, aftermath.note)
+    print(_summary(config, outcome.reason, outcome.images_seen, outcome.checkpoint, time.monotonic() - started))
+    return STOPPED if outcome.reason == "stopped" else 0
+
+
+def _short_forms(options: argparse.Namespace) -> list[str]:
+    keys = {
+        "name": "run.name",
+        "storage": "run.storage",
+        "data": "data.path",
+        "workers": "cluster.workers",
+        "seed": "run.seed",
+    }
+    return [f"{key}={getattr(options, name)}" for name, key in keys.items() if getattr(options, name) is not None]
+
+
+def _plan_text(config: Config, plan: Plan) -> str:
+    """The plan of a run, for people."""
+    image = plan.image
+    lines = [
+        f"data         {plan.samples} pictures of {image.width}x{image.height}x{image.channels} "
+        f"in {plan.shards} shards",
+        f"order        {plan.streams} streams, {plan.streams // config.cluster.workers} for each of "
+        f"{config.cluster.workers} workers; {plan.steps_per_epoch} steps of {config.training.batch_size} per epoch",
+        "parameters   " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()),
+    ]
+    lines += [
+        f"phase        {phase.name}: {phase.images:,} images in {phase.steps:,} steps, trains "
+        f"{', '.join(phase.trains)}, {phase.flops_per_image / 1e9:.4g} GFLOP per image"
+        for phase in plan.phases
+    ]
+    return "\n".join(lines)
+
+
+def _summary(config: Config, reason: str, images: int, checkpoint: Path | None, seconds: float) -> str:
+    folder = run_folder(config)
+    head = {
+        "done": f"Done: {images:,} images in {_duration(seconds)}.",
+        "already done": f"Run '{config.run.name}' was finished before, at {images:,} images; nothing was trained. "
+        f"For more, raise phases.{config.phases[-1].name}.images; for another run, choose another --name.",
+        "stopped": f"Stopped at {images:,} images, with a checkpoint; run the same command again to continue.",
+    }[reason]
+    rows = [
+        ("checkpoint", checkpoint),
+        ("samples", folder / "samples.png"),
+        ("reconstructions", folder / "reconstructions.png"),
+        ("curves", folder / "curves.png"),
+        ("history", folder / "history.jsonl"),
+    ]
+    lines = [head, *(f"  {name:16} {path}" for name, path in rows if path is not None and Path(path).exists())]
+    if reason != "stopped":
+        lines += ["The same on a cluster:", f"  {_cluster_command(config)}"]
+    return "\n".join(lines)
+
+
+def _cluster_command(config: Config) -> str:
+    data = f"/SHARED/{Path(config.data.path).name}"
+    source = f"--preset {config.preset}" if config.preset else f"--config {run_folder(config) / 'config.yaml'}"
+    return (
+        f"ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py {source} "
+        f"--workers {max(config.cluster.workers, 2)} --storage /SHARED/runs --data {data}"
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
