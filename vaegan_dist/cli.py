@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import vaegan_dist
-from vaegan_dist.commands import data, model, train
+from vaegan_dist.commands import cluster, data, model, train
 from vaegan_dist.commands.common import Parser
 from vaegan_dist.errors import ConfigError, VaeganError
 
@@ -15,6 +15,7 @@ COMMANDS = (
     data.add_index,
     data.add_verify,
     train.add_train,
+    cluster.add_submit,
     model.add_sample,
     model.add_reconstruct,
 )

@@ -1,5 +1,8 @@
 """Errors whose one-line message names the thing, the cause and the remedy, each with its process exit code."""
 
+# Exit code of a run that was asked to stop and left a checkpoint (EX_TEMPFAIL): the same command continues it.
+STOPPED = 75
+
 
 class VaeganError(Exception):
     """A failure explained well enough that its traceback adds nothing; ends the process with code 1."""

@@ -20,7 +20,7 @@ import yaml
 from tests.k8s.rendering import REPOSITORY
 
 TOKEN = "0123456789abcdef" * 4
-SUBMIT = [sys.executable, "-m", "vaegan_dist.cluster.submit"]
+SUBMIT = [sys.executable, "-m", "vaegan_dist.cli", "submit"]
 
 pytestmark = pytest.mark.ray
 
@@ -106,7 +106,7 @@ def manifest_command(address: str, folder: Path) -> list[str]:
     overlay = REPOSITORY / "k8s" / "overlays" / "cron-submit" / "submit.yaml"
     pod = yaml.safe_load(overlay.read_text())["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     words = pod["containers"][0]["command"]
-    assert words[:3] == ["python", "-m", "vaegan_dist.cluster.submit"]
+    assert words[:2] == ["vaegan-dist", "submit"]
     changes = {
         "http://vaegan-head-svc:8265": address,
         "/shared": str(folder),
@@ -115,7 +115,7 @@ def manifest_command(address: str, folder: Path) -> list[str]:
     }
     for old, new in changes.items():
         words = [word.replace(old, new) for word in words]
-    return [sys.executable, *words[1:]]
+    return [*SUBMIT, *words[2:]]
 
 
 def test_the_manifests_command_trains(head: Head, digits: Path, tmp_path: Path) -> None:
@@ -165,3 +165,24 @@ def test_asked_to_end_it_gives_the_job_time(head: Head) -> None:
             process.send_signal(signal.SIGTERM)
     assert process.wait(120) == 75, said
     assert "saved\n" in said
+
+
+def test_a_job_is_left_alone_found_again_and_stopped(head: Head) -> None:
+    script = "trap 'echo saved; exit 75' TERM; echo ready; while :; do sleep 0.2; done"
+    left = head.submit("--job-id=long", "--detach", "--", "bash", "-c", script)
+    assert left.returncode == 0, left.stderr
+    assert "--follow long" in left.stdout
+    stopped = head.submit("--stop=long")
+    assert stopped.returncode == 0, stopped.stderr
+    assert "job long: STOPPED" in stopped.stdout
+    followed = head.submit("--follow=long")
+    assert followed.returncode == 75
+    unknown = head.submit("--stop=nobody")
+    assert (unknown.returncode, unknown.stderr.count("\n")) == (2, 1), unknown.stderr
+
+
+def test_headers_must_be_json_and_are_not_shown(head: Head) -> None:
+    done = head.submit("--", "true", RAY_JOB_HEADERS="secret")
+    assert done.returncode == 2
+    assert "RAY_JOB_HEADERS" in done.stderr
+    assert "secret" not in done.stderr

@@ -9,6 +9,7 @@ import argparse
 import copy
 import json
 import os
+import re
 import ssl
 import sys
 import time
@@ -128,6 +129,14 @@ def _explain(error: urllib.error.HTTPError, method: str, namespace: str, path: s
     return VaeganError(line)
 
 
+def check_name(name: str) -> None:
+    """Refuse a RayJob's name that the API server or the operator would refuse."""
+    if len(name) > NAME_LIMIT:
+        raise ConfigError(f"RayJob name '{name}' has {len(name)} characters, the operator takes {NAME_LIMIT}")
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name):
+        raise ConfigError(f"RayJob name '{name}': small letters, digits and '-' only, a letter first")
+
+
 def copy_of(template: Manifest, name: str, date: str, owner_uid: str | None = None) -> Manifest:
     """The RayJob to create: the template's content under a new name, not suspended, RUN_DATE filled in.
 
@@ -137,8 +146,7 @@ def copy_of(template: Manifest, name: str, date: str, owner_uid: str | None = No
     Raises:
         ConfigError: a name that the operator would refuse.
     """
-    if len(name) > NAME_LIMIT:
-        raise ConfigError(f"RayJob name '{name}' has {len(name)} characters, the operator takes {NAME_LIMIT}")
+    check_name(name)
     spec = copy.deepcopy(template["spec"])
     spec["entrypoint"] = spec["entrypoint"].replace(DATE, date)
     # Set by the operator or Kueue on the template; a copy must not share them.

@@ -6,16 +6,16 @@ import time
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vaegan_dist.commands.common import Subparsers
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml, load_config, preset_names, reference
+from vaegan_dist.errors import STOPPED
 from vaegan_dist.reporting.progress import Progress
-from vaegan_dist.training.describe import Plan, describe
-from vaegan_dist.training.failure import Aftermath
-from vaegan_dist.training.resume import refuse_existing, run_folder
 
-STOPPED = 75  # EX_TEMPFAIL: a checkpoint stands, and the same command continues
+if TYPE_CHECKING:  # torch takes seconds to import; only the commands that use it pay for that
+    from vaegan_dist.training.describe import Plan
 
 
 def add_train(subparsers: Subparsers) -> None:
@@ -53,6 +53,9 @@ def _configuration_help() -> str:
 
 def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Train, and say what was made and where."""
+    from vaegan_dist.training.failure import Aftermath
+    from vaegan_dist.training.resume import refuse_existing, run_folder
+
     config = load_config(options.preset, options.config, [*_short_forms(options), *overrides])
     if options.runtime == "ray":
         # Ray takes seconds to import; only the commands that use it pay for that.
@@ -60,6 +63,8 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
 
         config = with_absolute_paths(config)
     if options.dry_run:
+        from vaegan_dist.training.describe import describe
+
         print(dump_yaml(config))
         print(_plan_text(config, describe(config)))
         return 0
@@ -89,14 +94,14 @@ def _short_forms(options: argparse.Namespace) -> list[str]:
     return [f"{key}={getattr(options, name)}" for name, key in keys.items() if getattr(options, name) is not None]
 
 
-def _plan_text(config: Config, plan: Plan) -> str:
+def _plan_text(config: Config, plan: "Plan") -> str:
     """The plan of a run, for people."""
     image = plan.image
     lines = [
         f"data         {plan.samples} pictures of {image.width}x{image.height}x{image.channels} "
         f"in {plan.shards} shards",
-        f"order        {plan.streams} streams, {plan.streams // config.cluster.workers} for each of "
-        f"{config.cluster.workers} workers; {plan.steps_per_epoch} steps of {config.training.batch_size} per epoch",
+        f"order        {plan.streams} streams, {_shares(config)} workers; {plan.steps_per_epoch} steps of "
+        f"{config.training.batch_size} per epoch",
         "parameters   " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()),
     ]
     lines += [
@@ -107,7 +112,14 @@ def _plan_text(config: Config, plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _shares(config: Config) -> str:
+    """How the streams are shared out, for each number of workers that the run may have."""
+    return " or ".join(f"{config.streams // workers} for each of {workers}" for workers in config.world_sizes)
+
+
 def _summary(config: Config, reason: str, images: int, checkpoint: Path | None, seconds: float) -> str:
+    from vaegan_dist.training.resume import run_folder
+
     folder = run_folder(config)
     head = {
         "done": f"Done: {images:,} images in {_duration(seconds)}.",
@@ -124,16 +136,16 @@ def _summary(config: Config, reason: str, images: int, checkpoint: Path | None, 
     ]
     lines = [head, *(f"  {name:16} {path}" for name, path in rows if path is not None and Path(path).exists())]
     if reason != "stopped":
-        lines += ["The same on a cluster:", f"  {_cluster_command(config)}"]
+        lines += ["The same on a cluster:", f"  {_cluster_command(config, folder)}"]
     return "\n".join(lines)
 
 
-def _cluster_command(config: Config) -> str:
+def _cluster_command(config: Config, folder: Path) -> str:
     data = f"/SHARED/{Path(config.data.path).name}"
-    source = f"--preset {config.preset}" if config.preset else f"--config {run_folder(config) / 'config.yaml'}"
+    source = f"--preset {config.preset}" if config.preset else f"--config {folder / 'config.yaml'}"
     return (
         f"ray job submit --address http://HEAD:8265 --working-dir . -- python jobs/train.py {source} "
-        f"--workers {max(config.cluster.workers, 2)} --storage /SHARED/runs --data {data}"
+        f"--workers {max(config.cluster.most_workers, 2)} --storage /SHARED/runs --data {data}"
     )
 
 
