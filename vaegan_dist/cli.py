@@ -16,6 +16,7 @@ COMMANDS = (
     data.add_verify,
     train.add_train,
     cluster.add_submit,
+    cluster.add_check_cluster,
     model.add_sample,
     model.add_reconstruct,
 )
