@@ -57,6 +57,7 @@ COPY --from=build /opt/vaegan /opt/vaegan
 # Ray starts a job's command in the folder where `ray start` ran, so `python jobs/train.py` is found from here.
 WORKDIR /opt/vaegan/app
 COPY jobs jobs
+COPY sweeps sweeps
 ENV VIRTUAL_ENV=/opt/vaegan PATH=/opt/vaegan/bin:${PATH} PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 # By number, because Kubernetes can check only a number against runAsNonRoot.
 USER 1000:100
