@@ -1,6 +1,6 @@
 # make train   set up, prepare the embedded digits, train the preset seed-mlp with two workers
 # make test    set up, run every test
-# make chaos   the full set of faults: hundreds of kills, some twenty minutes
+# make chaos   the full set of faults: hundreds of kills, of Ray and its nodes too; about an hour
 # make check   lint, format and type checks
 # make clean   remove the environment, the data and the runs
 
@@ -25,7 +25,7 @@ test: $(READY)
 	$(BIN)/python -m pytest
 
 chaos: $(READY)
-	$(BIN)/python -m pytest -m chaos -s tests/chaos
+	$(BIN)/python -m pytest -m chaos -s tests
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 import vaegan_dist
-from vaegan_dist.commands import cluster, data, model, train
+from vaegan_dist.commands import cluster, data, describe, model, report, sweep, train, use
 from vaegan_dist.commands.common import Parser
 from vaegan_dist.errors import ConfigError, VaeganError
 
@@ -15,10 +15,19 @@ COMMANDS = (
     data.add_index,
     data.add_verify,
     train.add_train,
+    describe.add_describe,
+    sweep.add_sweep,
     cluster.add_submit,
     cluster.add_check_cluster,
+    report.add_status,
+    report.add_report,
     model.add_sample,
     model.add_reconstruct,
+    model.add_interpolate,
+    model.add_traverse,
+    use.add_evaluate,
+    use.add_encode,
+    use.add_export,
 )
 
 

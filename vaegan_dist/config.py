@@ -5,12 +5,23 @@ Every key has a type, a default and a description, which `--help`, the error lin
 """
 
 from typing import Annotated, Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 NetworkName = Literal["encoder", "decoder", "discriminator"]
 NETWORK_NAMES: tuple[NetworkName, ...] = ("encoder", "decoder", "discriminator")
 MAX_STREAMS = 64
+STORAGE_SCHEMES = ("s3", "gs", "az", "abfs", "abfss", "file")
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
@@ -23,6 +34,14 @@ class Section(BaseModel):
     """A node of the tree: immutable, and a key it does not know is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True)
+
+
+def without_secret(url: str | None, remedy: str = "leave them to the environment") -> str | None:
+    """A URL or path that goes into logs, reports and checkpoints; the error does not repeat it."""
+    parts = urlsplit(url or "")
+    if "://" in (url or "") and (("@" in parts.netloc and not parts.scheme.startswith("abfs")) or parts.query):
+        raise ValueError(f"the {parts.scheme}:// URL holds credentials; {remedy}")
+    return url
 
 
 class PhaseSettingsError(ValueError):
@@ -40,9 +59,23 @@ class RunSection(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = "run"
     """name of the run; the same name continues the same run"""
     storage: str = "runs"
-    """folder that holds the runs; on several nodes it must be one that all of them share"""
+    """folder that holds the runs; on several nodes one that all of them share, or a URL (s3:// gs:// az://), to which
+    checkpoints, history and pictures are uploaded"""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """seed of everything random: weights, order, noise"""
+
+    @field_validator("storage")
+    @classmethod
+    def _writable_kind(cls, storage: str) -> str:
+        scheme, separator, _ = storage.partition("://")
+        if separator and scheme not in STORAGE_SCHEMES:
+            raise ValueError(f"{scheme}:// cannot be written; use a folder or one of {', '.join(STORAGE_SCHEMES)}")
+        return storage
+
+    @field_validator("storage")
+    @classmethod
+    def _keeps_no_secret(cls, path: str) -> str | None:
+        return without_secret(path)
 
 
 class DataSection(Section):
@@ -54,6 +87,14 @@ class DataSection(Section):
     (default: the largest divisor of batch_size up to 64)"""
     block_shards: Positive = 4
     """shards' worth of samples that are shuffled together inside a stream"""
+    remainder: Literal["drop", "pad"] = "drop"
+    """samples of an epoch that fill no whole batch: drop leaves them out (others in every epoch); pad fills the last
+    batch with samples from the beginning of each stream"""
+    flip: bool = False
+    """augmentation: mirror each training picture, left and right, in half of all epochs"""
+    random_crop: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """augmentation: smallest share of a training picture's area that is cut out at random, in the picture's own shape,
+    and enlarged to the whole (0.8 is mild); 1: none"""
     loader_workers: Count = 0
     """reader processes per training worker; 0 reads in a thread beside the training loop"""
     prefetch: Positive = 4
@@ -61,11 +102,17 @@ class DataSection(Section):
     in_memory: bool | None = None
     """keep the decoded pictures in memory (default: when they take less than 512 MiB)"""
     max_bad_samples: Count = 0
-    """broken samples that may be replaced (each is named and counted) before the run fails"""
+    """broken samples that may be replaced, over all workers and restarts, before the run fails; each is named in the
+    history, and again at the end"""
     cache_dir: str | None = None
     """folder on each node for shards fetched from a URL (default: `shards` in the user's cache folder)"""
     cache_bytes: Positive = 64 * 2**30
     """most bytes of fetched shards that a node keeps, shared by its workers"""
+
+    @field_validator("path")
+    @classmethod
+    def _keeps_no_secret(cls, path: str) -> str | None:
+        return without_secret(path)
 
 
 class TrainingSection(Section):
@@ -75,6 +122,9 @@ class TrainingSection(Section):
     """micro-batches per optimiser step on each worker"""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs networks under autocast; losses, norms and optimisers stay float32"""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
+    """compile the networks with torch.compile in this mode; the last two capture CUDA graphs and need a GPU. A
+    discriminator under r1, r2 or gradient_penalty stays as it is: compiled code cannot be differentiated twice"""
     channels_last: bool = True
     """memory format of pictures and convolution weights"""
     torch_threads: Count = 0
@@ -86,6 +136,12 @@ class TrainingSection(Section):
     rollback_rate_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     """factor on every learning rate for each rollback that the run has behind it"""
 
+    @field_validator("mixed_precision", "compile", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        """YAML reads a plain `no` as false."""
+        return "no" if value is False else value
+
 
 class ReportingSection(Section):
     log_images: Positive = 10_000
@@ -96,6 +152,47 @@ class ReportingSection(Section):
     """pictures in a sample grid"""
     tensorboard: bool = True
     """write TensorBoard event files beside the history"""
+    curves: bool = True
+    """draw the history as curves.png at the end"""
+    mlflow: bool = False
+    """also log to the MLflow server of MLFLOW_TRACKING_URI (extra `mlflow`)"""
+    mlflow_experiment: Annotated[str, Field(min_length=1)] = "vaegan_dist"
+    """MLflow experiment that the run becomes part of"""
+    wandb: bool = False
+    """also log to Weights & Biases, set up by its own WANDB_ variables (extra `wandb`)"""
+    wandb_project: Annotated[str, Field(min_length=1)] = "vaegan_dist"
+    """Weights & Biases project that the run becomes part of"""
+    metrics_port: Annotated[int, Field(ge=0, le=65_515)] = 9108
+    """port of the run's metrics for Prometheus, or one of the 19 after it where it is taken; 0: not served"""
+    metrics_address: str | None = None
+    """address that metrics are served at (default: 127.0.0.1, in a Kubernetes pod 0.0.0.0)"""
+    pushgateway: str | None = None
+    """URL of a Pushgateway for jobs too short to be scraped; credentials come from PUSHGATEWAY_USERNAME and
+    PUSHGATEWAY_PASSWORD"""
+    pushgateway_job: str | None = None
+    """name of the job whose metrics these are at the Pushgateway (default: run.name)"""
+    pushgateway_keep: bool = True
+    """leave the job's metrics at the Pushgateway when it ends; false deletes them"""
+    profile_steps: Count = 0
+    """steps of each phase that torch's profiler records, after the first ten; 0: none"""
+
+    @field_validator("pushgateway")
+    @classmethod
+    def _keeps_no_secret(cls, url: str | None) -> str | None:
+        return without_secret(url, "give them in PUSHGATEWAY_USERNAME and PUSHGATEWAY_PASSWORD")
+
+
+class EvaluationSection(Section):
+    images: Count = 0
+    """images between two evaluations of the averaged networks while training; one more ends each phase; 0: none"""
+    samples: Annotated[int, Field(ge=16)] = 2000
+    """pictures that an evaluation generates, and the most that it reconstructs"""
+    features: Annotated[str, Field(min_length=1)] = "auto"
+    """network that FID and its kin look with: auto (classifier for small labelled pictures, else efficientnet-lite0
+    where it is installed), none, classifier, inception, inception=FILE, efficientnet-lite0, a TorchScript file or
+    module:function"""
+    split: Annotated[str, Field(min_length=1)] = "auto"
+    """pictures to evaluate with: auto is the split validation where there is one, else train"""
 
 
 class CheckpointSection(Section):
@@ -105,29 +202,75 @@ class CheckpointSection(Section):
     """newest checkpoints kept; the last of each phase is kept as well"""
     keep_every_images: Count = 0
     """also keep, for good, the first checkpoint at or after each multiple of this many images; 0: none"""
-    write_attempts: Positive = 3
+    best_metric: Annotated[str, Field(min_length=1)] | None = None
+    """metric of the evaluations whose best checkpoint is kept as well, named by best.json (default: none is)"""
+    best_mode: Literal["min", "max"] = "min"
+    """whether the best is the smallest or the largest value of that metric"""
+    write_attempts: Positive = 5
     """times that the writing of a checkpoint is tried, while training goes on, before the run fails"""
     retry_seconds: Weight = 10.0
-    """pause between two such attempts"""
+    """pause after the first such attempt; after the second twice as long, and so on"""
     write_timeout_seconds: Positive = 1800
     """time after which a checkpoint that is still being written counts as failed"""
 
 
+class WorkerRange(Section):
+    min: Positive = 1
+    """fewest workers that the run goes on with"""
+    max: Positive
+    """most workers that it uses when there is room for them"""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min={self.min} is more than max={self.max}; exchange them")
+        return self
+
+
+def _workers_tag(value: object) -> str:
+    return "range" if isinstance(value, dict | WorkerRange) else "number"
+
+
+Workers = Annotated[
+    Annotated[Positive, Tag("number")] | Annotated[WorkerRange, Tag("range")], Discriminator(_workers_tag)
+]
+
+
 class ClusterSection(Section):
-    workers: Positive = 1
-    """training workers (DDP ranks)"""
+    workers: Workers = 1
+    """training workers (DDP ranks); {min: 2, max: 8} under Ray: as many as there is room for, of those numbers that
+    divide the streams, and the run moves at a checkpoint when that changes"""
     cpus_per_worker: Rate = 1.0
     """CPUs that Ray reserves for a worker"""
     gpus_per_worker: Weight = 0.0
     """GPUs that Ray reserves for a worker; 0 trains on the CPU"""
     max_failures: Count = 3
-    """worker failures after which the run is given up"""
+    """under Ray: failures of workers, without a checkpoint in between, after which the next one is the run's end"""
+    max_start_failures: Count = 3
+    """under Ray: the same for workers that could not be started though there was room for them"""
+    max_preemptions: Count = 30
+    """under Ray: the same for workers lost with a node whose end was announced"""
     start_timeout_seconds: Positive = 600
-    """time to wait for the workers' resources before the run fails"""
+    """time to wait for the workers' resources, at the start and after a loss, before the run fails"""
+    resize_seconds: Weight = 30.0
+    """with a range of workers: time to wait for as many as before, after a loss, before going on with fewer"""
     collective_timeout_seconds: Positive = 600
     """time after which a collective that one rank never joined fails"""
     step_timeout_seconds: Positive = 300
     """time without a step after which a rank shows the stacks of its threads and ends"""
+
+    @property
+    def most_workers(self) -> int:
+        """Workers when there is room for all."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def fewest_workers(self) -> int:
+        """Workers that the run needs at least."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+
+Norm = Literal["group", "batch", "none", "spectral"]
 
 
 class MlpModel(Section):
@@ -139,6 +282,9 @@ class MlpModel(Section):
     """widths of the encoder's hidden layers; the decoder mirrors them"""
     discriminator_hidden: Annotated[tuple[Positive, ...], Field(min_length=1)] = (128,)
     """widths of the discriminator's hidden layers"""
+    discriminator_norm: Literal["none", "spectral"] = "none"
+    """spectral: the discriminator's weights are divided by their largest singular value
+    (default none; Miyato et al. 2018, arXiv 1802.05957)"""
     minibatch_std: Count = 0
     """images per group whose standard deviation the discriminator sees as one more feature; 0: none
     (default 0; Karras et al. 2018, arXiv 1710.10196, use 4)"""
@@ -163,10 +309,18 @@ class ConvModel(Section):
     """width of the discriminator's fully connected layer"""
     kernel_size: Literal[3, 5] = 5
     """size of every convolution's kernel (Larsen: 5)"""
-    norm: Literal["group", "none"] = "group"
-    """normalisation in encoder and decoder; batch norm would couple images and is not offered"""
-    discriminator_norm: Literal["group", "none"] = "none"
-    """normalisation in the discriminator (default none: R1 restrains it, Mescheder et al. 2018, arXiv 1801.04406)"""
+    norm: Norm = "group"
+    """normalisation in encoder and decoder: group (default; Wu & He 2018, arXiv 1803.08494); batch, over all workers
+    and apart for real, reconstructed and generated pictures (Larsen et al. 2016); spectral, of the weights; none"""
+    discriminator: Literal["plain", "residual"] = "plain"
+    """plain: after Larsen et al.; residual: that of StyleGAN2 (Karras et al. 2020, arXiv 1912.04958), with
+    `discriminator_channels` after its stages and `discriminator_stem` (default: the first of them) before"""
+    discriminator_norm: Norm = "none"
+    """normalisation in the discriminator (default none: R1 restrains it, Mescheder et al. 2018, arXiv 1801.04406;
+    spectral: Miyato et al. 2018, arXiv 1802.05957)"""
+    attention: tuple[Positive, ...] = ()
+    """heights of feature maps after whose stage self-attention stands, in all three networks (default none;
+    Zhang et al. 2018, arXiv 1805.08318: 32, at pictures of 128 pixels)"""
     minibatch_std: Count = 0
     """images per group whose standard deviation the discriminator sees as one more channel; 0: none
     (default 0; Karras et al. 2018, arXiv 1710.10196, use 4)"""
@@ -188,8 +342,14 @@ class KlModel(Section):
     """channels after the discriminator's first convolution, doubled by each further one up to eight times as many"""
     discriminator_layers: Positive = 3
     """convolutions of stride 2 in the discriminator (3: a patch of 70 x 70 pixels, Isola et al. 2017)"""
-    discriminator_norm: Literal["group", "none"] = "group"
-    """normalisation in the discriminator (the paper's batch norm would couple images)"""
+    discriminator: Literal["patch", "residual"] = "patch"
+    """patch: a logit for each patch; residual: one for the picture, by that of StyleGAN2 (Karras et al. 2020,
+    arXiv 1912.04958), with `discriminator_layers` stages"""
+    discriminator_norm: Norm = "group"
+    """normalisation in the discriminator (default group; Isola et al. 2017: batch)"""
+    minibatch_std: Count = 0
+    """discriminator=residual: images per group whose standard deviation the discriminator sees as one more channel;
+    0: none (default 0; Karras et al. 2018, arXiv 1710.10196, use 4)"""
 
 
 ModelSection = Annotated[MlpModel | ConvModel | KlModel, Field(discriminator="network")]
@@ -266,6 +426,20 @@ class ObjectiveSection(Section):
     (gamma_r of the reference implementation, there 1e-8)"""
     gradient_penalty: Weight = 0.0
     """weight of (|dD/dx| - 1)^2 between real and generated pictures (Gulrajani et al. 2017, arXiv 1704.00028: 10)"""
+    lecam: Weight = 0.0
+    """weight of the squared distance of the discriminator's logits from a moving average of those of the other side
+    (default 0; Tseng et al. 2021, arXiv 2104.03310: 0.3 for BigGAN on CIFAR)"""
+    lecam_decay: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """share of that average that a step keeps (Tseng et al. 2021: 0.99)"""
+    diff_augment: tuple[Literal["color", "translation", "cutout"], ...] = ()
+    """vaegan, gan: random alterations of real and fake pictures alike before the discriminator, which gradients pass
+    (default none; Zhao et al. 2020, arXiv 2006.10738: all three for small data sets)"""
+    equilibrium: Weight = 0.0
+    """vaegan, gan where decoder and discriminator both learn: hold back the one that is too far ahead, by the
+    discriminator's cross-entropy on real and on fake pictures against this; 0: never (Larsen et al. 2016, their code:
+    0.68)"""
+    equilibrium_margin: Weight = 0.35
+    """distance from `equilibrium` at which a player is held back (their code: 0.35)"""
 
 
 ObjectiveName = Literal["vae", "gan", "vaegan", "introspective"]
@@ -337,6 +511,7 @@ class Config(Section):
     ema: EmaSection = EmaSection()
     training: TrainingSection = TrainingSection()
     reporting: ReportingSection = ReportingSection()
+    evaluation: EvaluationSection = EvaluationSection()
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
 
@@ -369,36 +544,53 @@ class Config(Section):
             raise ValueError(f"two phases share a name in {names}; give each its own")
         return phases
 
-    @model_validator(mode="after")
-    def _divisible(self) -> "Config":
-        batch, streams, workers = self.training.batch_size, self.streams, self.cluster.workers
-        accumulation = self.training.gradient_accumulation_steps
-        if batch % streams:
-            raise ValueError(
-                f"data.streams={streams} does not divide training.batch_size={batch}; choose a divisor of {batch}"
-            )
+    @property
+    def world_sizes(self) -> tuple[int, ...]:
+        """Numbers of workers that the run may have: those of the range that share out streams and batch evenly."""
+        cluster = self.cluster
+        sizes = range(cluster.fewest_workers, cluster.most_workers + 1)
+        return tuple(size for size in sizes if not self._misfit("", size))
+
+    def _misfit(self, key: str, workers: int) -> str:
+        """Why that many workers cannot train this; empty if they can."""
+        batch, streams, accumulation = self.training.batch_size, self.streams, self.training.gradient_accumulation_steps
         if workers > streams:
-            raise ValueError(
-                f"cluster.workers={workers} is more than the {streams} streams; set data.streams to a multiple of "
+            return (
+                f"{key}={workers} is more than the {streams} streams; set data.streams to a multiple of "
                 f"{workers} that divides training.batch_size={batch}, or use fewer workers"
             )
         if streams % workers:
-            raise ValueError(
-                f"cluster.workers={workers} does not divide the {streams} streams; set cluster.workers to a divisor "
+            return (
+                f"{key}={workers} does not divide the {streams} streams; set {key} to a divisor "
                 f"of {streams}, or data.streams to a multiple of {workers}"
             )
         if (batch // workers) % accumulation:
-            raise ValueError(
+            return (
                 f"training.gradient_accumulation_steps={accumulation} does not divide the {batch // workers} images "
                 f"per worker; choose a divisor"
             )
         group, share = getattr(self.model, "minibatch_std", 0), batch // workers // accumulation
         if group and share % group and any(phase.objective in ("gan", "vaegan") for phase in self.phases):
-            raise ValueError(
+            return (
                 f"model.minibatch_std={group} does not divide the {share} images that a worker takes at a time "
-                f"(training.batch_size={batch} / cluster.workers={workers} / gradient_accumulation_steps="
+                f"(training.batch_size={batch} / {key}={workers} / gradient_accumulation_steps="
                 f"{accumulation}); choose a divisor of {share}"
             )
+        return ""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "Config":
+        batch, streams = self.training.batch_size, self.streams
+        if batch % streams:
+            raise ValueError(
+                f"data.streams={streams} does not divide training.batch_size={batch}; choose a divisor of {batch}"
+            )
+        # Of a range both ends must fit; what lies between them is used where it fits.
+        workers = self.cluster.workers
+        ends = [("", workers)] if isinstance(workers, int) else [(".min", workers.min), (".max", workers.max)]
+        for end, number in ends:
+            if misfit := self._misfit(f"cluster.workers{end}", number):
+                raise ValueError(misfit)
         for phase in self.phases:
             try:
                 self.objective_of(phase)

@@ -5,7 +5,7 @@ Every mistake becomes one line that names the key, the value and the remedy (`Co
 
 import difflib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_args
@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from vaegan_dist.config import Config, ConvModel, KlModel, MlpModel, PhaseSettingsError, merge_tree
 from vaegan_dist.errors import ConfigError
 
-UNION_TAGS = {model.model_fields["network"].default for model in (MlpModel, ConvModel, KlModel)}
+UNION_TAGS = {model.model_fields["network"].default for model in (MlpModel, ConvModel, KlModel)} | {"number", "range"}
 PRESETS = resources.files("vaegan_dist") / "presets"
 
 
@@ -43,7 +43,7 @@ def preset_tree(name: str) -> dict[str, Any]:
         raise ConfigError(
             f"preset '{name}' is unknown{_suggest(name, preset_names())}; presets: {_list(preset_names())}"
         )
-    return _parse((PRESETS / f"{name}.yaml").read_text(), f"preset {name}")
+    return parse_yaml((PRESETS / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def load_config(preset: str | None = None, files: Sequence[str | Path] = (), overrides: Iterable[str] = ()) -> Config:
@@ -152,10 +152,11 @@ def _read(path: Path) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"configuration file '{path}' cannot be read: {error.strerror}") from None
-    return _parse(text, str(path))
+    return parse_yaml(text, str(path))
 
 
-def _parse(text: str, source: str) -> dict[str, Any]:
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """Keys and values of a YAML text; `source` names it in the error."""
     try:
         tree = yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError as error:
@@ -171,14 +172,39 @@ def _parse(text: str, source: str) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], item: str) -> None:
     """Lay one `key.path=value` over the tree, in place."""
+    path, value = parse_override(item)
+    _set(tree, path, value)
+
+
+def parse_override(item: str) -> tuple[str, Any]:
+    """Key and value of a `key.path=value`; the value is YAML."""
     path, separator, text = item.removeprefix("--").partition("=")
     if not separator:
         raise ConfigError(f"'{item}' is not an override; write key=value, for example training.batch_size=256")
-    keys = path.replace("-", "_").split(".")
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
+        return path, yaml.load(text, _Loader)  # a SafeLoader
     except yaml.YAMLError:
-        value = text
+        return path, text
+
+
+def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
+    """A configuration with some keys changed, by dotted path as on the command line, and checked anew.
+
+    Another `model.network` starts from that network's defaults. Raises ConfigError as `load_config` does.
+    """
+    tree = config.model_dump(mode="json")
+    for path, value in sorted(changes.items(), key=lambda item: item[0] not in ("model", "model.network")):
+        network = value.get("network") if path == "model" and isinstance(value, dict) else value
+        if path in ("model", "model.network") and network not in (None, tree["model"]["network"]):
+            tree["model"] = {"network": network}
+        if path != "model.network":
+            _set(tree, path, value, merge=True)
+    return validate(tree)
+
+
+def _set(tree: dict[str, Any], path: str, value: Any, merge: bool = False) -> None:
+    """Put a value at a dotted path, in place; `merge` lays a mapping over the one that is there."""
+    keys = path.replace("-", "_").split(".")
     node: Any = tree
     for depth, key in enumerate(keys[:-1]):
         if isinstance(node, list):
@@ -189,6 +215,8 @@ def _override(tree: dict[str, Any], item: str) -> None:
             node = child
     if isinstance(node, list):
         node[_list_index(node, keys, len(keys) - 1)] = value
+    elif merge and isinstance(value, dict) and isinstance(node.get(keys[-1]), dict):
+        node[keys[-1]] = merge_tree(node[keys[-1]], value)
     else:
         node[keys[-1]] = value
 

@@ -1,5 +1,6 @@
-"""Files that are whole or absent."""
+"""Files that are whole or absent, and their hashes."""
 
+import hashlib
 import os
 import secrets
 from pathlib import Path
@@ -31,3 +32,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -82,6 +82,6 @@ def test_a_handful_of_random_faults_leaves_no_trace(digits: Path, tmp_path: Path
 @pytest.mark.multiprocess
 @pytest.mark.timeout(5400)
 def test_two_hundred_random_faults_leave_no_trace(digits: Path, tmp_path: Path) -> None:
-    end = soak(digits, tmp_path, faults=200, seed=2, images=512_000, timeout=5000)
+    end = soak(digits, tmp_path, faults=200, seed=2, images=224_000, timeout=5000)
     kinds = end["kinds"]
     assert isinstance(kinds, dict) and len(kinds) == 9

@@ -101,3 +101,32 @@ def test_a_storage_that_is_read_only_at_a_restart_is_named(calm: Path, digits: P
     error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert f"run.storage={storage}" in error and "Read-only file system" in error and "make it writable" in error
     assert tensors_of(saved) == tensors_of(calm) and trained(saved) == trained(calm)
+
+
+def test_a_storage_that_vanishes_is_named_and_back_in_place_the_run_continues(
+    calm: Path, digits: Path, tmp_path: Path
+) -> None:
+    """A bind mount is taken away while the process is stopped in the middle of its run."""
+    storage, real, saved = tmp_path / "mounted", tmp_path / "real", tmp_path / "saved"
+    storage.mkdir()
+    real.mkdir()
+    run = shlex.join(command(digits, storage))
+    script = f"""
+        mount --bind {real} {storage} || exit 99
+        {run} >&2 & driver=$!
+        while [ ! -e {storage}/smoke/checkpoint-000000000256/checkpoint.json ]; do
+            kill -0 $driver || exit 98; sleep 0.01
+        done
+        kill -STOP $driver; umount -l {storage}; kill -CONT $driver
+        wait $driver; echo "first $?"
+        ls -a {storage} | wc -l
+        mount --bind {real} {storage}
+        {run} >&2; echo "second $?"
+        cp -r {storage}/smoke {saved}
+    """
+    done = in_own_mount(script)
+    # Nothing was written beside the place: only . and .. are there.
+    assert done.stdout.split() == ["first", "1", "2", "second", "0"], done.stdout + done.stderr
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert str(storage) in error and "the folder is gone: removed, or its storage unmounted" in error
+    assert tensors_of(saved) == tensors_of(calm) and trained(saved) == trained(calm)

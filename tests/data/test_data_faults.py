@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from reader_shards import chunk_set, describe, encoded, npy, pack, picture
 
 from vaegan_dist.data.dataset import open_dataset
+from vaegan_dist.data.existing import index_existing
 from vaegan_dist.errors import DataError, InputError, VaeganError
 
 COUNT = 12
@@ -91,7 +93,7 @@ def empty(path: Path) -> None:
 
 
 def html(path: Path) -> None:
-    path.write_bytes(b"<!DOCTYPE html><html><body>503 Service Unavailable</body></html>" * 40)
+    path.write_bytes(b"<!DOCTYPE html><html><body>503 Service Unavailable</body></html>" * 400)
 
 
 Fault = Callable[[Path], None]
@@ -106,7 +108,6 @@ HEADER_FAULTS: list[tuple[Fault, str]] = [
 SHARD_FAULTS: list[tuple[Fault, str]] = [
     (cut_end_mark, r"at byte \d+: cut between two members"),
     (joined, r"zeros stand in place .* or archives that were joined"),
-    (empty, r"at byte 0: the file is empty"),
     (html, r"at byte 0: not a tar archive: it begins with b'<!DOCTYPE html>"),
 ]
 PAYLOAD_FAULTS: list[tuple[Fault, str]] = [
@@ -155,6 +156,14 @@ def shard(tmp_path):
 def test_packed_with_a_damaged_structure(shard, fault, match):
     fault(shard)
     fails(describe(shard.parent, [(shard, COUNT)]), match)
+
+
+def test_an_empty_shard_is_refused_by_the_manifest_already(shard):
+    empty(shard)
+    with pytest.raises(ValidationError, match=r"shard a\.tar: 12 samples cannot lie in 0 bytes"):
+        describe(shard.parent, [(shard, COUNT)])
+    with pytest.raises(DataError, match=r"shard a\.tar: at byte 0: the file is empty"):
+        index_existing([str(shard)])
 
 
 @pytest.mark.parametrize(("fault", "_"), HEADER_FAULTS, ids=lambda value: getattr(value, "__name__", ""))

@@ -18,7 +18,7 @@ from reader_shards import chunk_set, describe, encoded, files_set, pack, picture
 from torch.nn.parallel import DistributedDataParallel
 
 from vaegan_dist.data.dataset import open_dataset
-from vaegan_dist.data.loader import Position, train_batches, validation_batches
+from vaegan_dist.data.loader import Position, evaluation_batches, train_batches
 from vaegan_dist.errors import ConfigError, DataError, InputError
 
 BATCH = 24
@@ -186,25 +186,25 @@ def test_readers_end_when_their_parent_is_killed(data):
         pytest.fail("the reader outlived its parent")
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 70), st.integers(1, 30), st.integers(1, 5))
-def test_validation_reads_every_sample_once(tmp_path_factory, samples, batch_size, world_size):
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 30), st.integers(1, 5), st.none() | st.integers(1, 90))
+def test_evaluation_reads_every_sample_once(tmp_path_factory, samples, batch_size, world_size, limit):
     data = open_dataset(str(chunk_set(tmp_path_factory.mktemp("set"), (samples,))), in_memory=False)
-    ranks = [
-        list(validation_batches(data, batch_size=batch_size, rank=rank, world_size=world_size))
-        for rank in range(world_size)
-    ]
+    ranks = [list(evaluation_batches(data, batch_size, rank, world_size, limit)) for rank in range(world_size)]
     assert len({len(rank) for rank in ranks}) == 1
     seen = []
-    for step in zip(*ranks, strict=True):
-        for batch, mask in step:
-            assert mask.dtype == torch.bool and mask.shape == batch.ids.shape == (-(-batch_size // world_size),)
-            seen.extend(batch.ids[mask].tolist())
-    assert seen == list(range(samples))
+    for batch, mask in chain.from_iterable(ranks):
+        assert mask.dtype == torch.bool and mask.shape == batch.ids.shape == (-(-batch_size // world_size),)
+        assert batch.labels.tolist() == (batch.ids % 10).tolist()
+        seen.extend(batch.ids[mask].tolist())
+    assert seen == list(range(min(samples, limit or samples)))
+    assert len(ranks[0]) <= -(-samples // batch_size) + 1
 
 
-def test_validation_stops_when_left_early(data):
-    stream = validation_batches(data, batch_size=8, rank=0, world_size=1)
+def test_evaluation_stops_when_left_early(data):
+    with pytest.raises(InputError, match="limit=0"):
+        evaluation_batches(data, 8, limit=0)
+    stream = evaluation_batches(data, 8)
     next(stream)
     stream.close()
     assert not [t for t in threading.enumerate() if t.name.startswith("data-reader")]

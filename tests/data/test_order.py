@@ -70,6 +70,49 @@ def test_streams_are_balanced_to_one_sample(case):
     assert rows.shape[2] * order.steps <= lengths.min()
 
 
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_padded_every_sample_and_the_last_batch_filled_from_the_streams_beginnings(case):
+    """Any restarts and world sizes: the batches of `drop`, then one that ends every stream and begins it once more."""
+    shards, streams, batch, block, restarts, seed, epoch = case
+
+    def fresh(remainder="pad"):
+        return EpochOrder(tuple(shards), seed, epoch, streams, batch, block, remainder)
+
+    samples = sum(shards)
+    if samples < streams:
+        with pytest.raises(InputError, match=rf"{samples} samples.*data\.streams={streams}"):
+            fresh().batch(0)
+        return
+    steps = fresh().steps
+    assert steps == -(-samples // batch)
+    seen = []
+    for step in range(steps):
+        world, _ = restarts[step % len(restarts)]
+        parts = [fresh().batch(step, rank, world) for rank in range(world)]
+        assert {len(part) for part in parts} == {batch // world}
+        seen.append(np.concatenate(parts))
+    whole = fresh()
+    assert np.array_equal(np.stack(seen), np.stack([whole.batch(s) for s in range(steps)]))
+    if samples >= batch:
+        dropped = fresh("drop")
+        assert all(np.array_equal(seen[s], dropped.batch(s)) for s in range(dropped.steps))
+    rows = np.stack(seen).reshape(steps, streams, -1).swapaxes(0, 1).reshape(streams, -1)
+    lengths = np.diff(whole._layout.stream_ends)
+    for row, length in zip(rows, lengths, strict=True):
+        assert len(np.unique(row[:length])) == length
+        assert np.array_equal(row, np.resize(row[:length], len(row)))
+    assert set(rows.ravel().tolist()) == set(range(samples))
+
+
+def test_padding_repeats_no_sample_more_often_than_needed():
+    order = EpochOrder((37, 26), 0, 0, 4, 16, 4, "pad")
+    counts = np.bincount(np.concatenate([order.batch(s) for s in range(order.steps)]), minlength=63)
+    assert counts.sum() == 64 and sorted(set(counts.tolist())) == [1, 2]
+    ahead = EpochOrder((50,) * 64, 0, 0, 8, 32, 4, "pad").shards_ahead(10**6)
+    assert next(ahead)  # what fills up is fetched, too
+
+
 def test_epochs_and_seeds_differ_and_so_does_what_is_left_out():
     def ids(seed, epoch):
         order = EpochOrder((40,) * 25, seed, epoch, 8, 64, 4)

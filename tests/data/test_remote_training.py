@@ -14,10 +14,14 @@ from test_loader import batches, take
 from tests.training.runs import rows_of, tensors_of
 from vaegan_dist.cli import main
 from vaegan_dist.data import store as store_module
+from vaegan_dist.data import transfer
 from vaegan_dist.data.dataset import open_dataset
 from vaegan_dist.data.manifest import read_manifest
 from vaegan_dist.data.prepare import PrepareOptions, prepare
+from vaegan_dist.data.transfer import Transfer
 from vaegan_dist.data.verify import verify
+from vaegan_dist.training import loop
+from vaegan_dist.training.watchdog import Watchdog
 
 BOUNDED_SECONDS = 120
 
@@ -83,6 +87,43 @@ def test_from_a_bucket_as_from_the_folder(bucket: Bucket, folder: Path, tmp_path
     assert SECRET not in "".join(path.read_text() for path in remote.glob("*.[jy]*"))
 
 
+@pytest.mark.multiprocess
+@pytest.mark.timeout(900)
+def test_two_ranks_from_a_bucket_as_from_the_folder(bucket: Bucket, folder: Path, tmp_path: Path) -> None:
+    """With augmentation, a filled last batch, and each rank's half of a cache that is too small for the data."""
+    budget = 10 * max(shard.bytes for shard in read_manifest(folder / "train" / "dataset.json").shards)
+    fixed = ["--workers", "2", "data.flip=true", "data.random_crop=0.8", "data.remainder=pad"]
+    assert run(str(folder), tmp_path / "local", *fixed) == 0
+    limits = [f"data.cache_dir={tmp_path / 'cache'}", f"data.cache_bytes={budget}"]
+    assert run(bucket.upload(folder, "digits"), tmp_path / "remote", *fixed, *limits) == 0
+    assert 0 < sum(whole_shards(tmp_path / "cache").values()) <= budget
+    local, remote = tmp_path / "local" / "smoke", tmp_path / "remote" / "smoke"
+    assert tensors_of(remote) == tensors_of(local)
+    assert rows_of(remote) == rows_of(local)
+
+
+class Slow(Transfer):
+    """Every shard takes a second."""
+
+    def fill(self, name: str, what: str, part: Path, size: int) -> None:
+        time.sleep(1.0)
+        super().fill(name, what, part, size)
+
+
+def test_a_first_fetch_may_take_longer_than_a_step(
+    bucket: Bucket, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four at a time, the 20 shards of the first batches take five seconds; the watchdog hears of it all the while."""
+    monkeypatch.setattr(store_module, "Transfer", Slow)
+    beats: list[str] = []
+    beat = Watchdog.beat
+    monkeypatch.setattr(Watchdog, "beat", lambda self, doing, seen: (beats.append(doing), beat(self, doing, seen))[1])
+    monkeypatch.setattr(loop, "FETCH_SECONDS", 0.25)
+    all_at_once = ["data.streams=64", f"data.cache_dir={tmp_path / 'cache'}"]
+    assert run(bucket.upload(folder, "digits"), tmp_path, *all_at_once) == 0
+    assert beats.count("fetching shards") >= 5 and beats.index("fetching shards") < beats.index("training")
+
+
 def test_a_server_that_dies_is_one_line_in_bounded_time(
     bucket: Bucket,
     folder: Path,
@@ -90,7 +131,7 @@ def test_a_server_that_dies_is_one_line_in_bounded_time(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr(store_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(transfer, "FIRST_PAUSE", 0.01)
     url = bucket.upload(folder, "digits")
     history = tmp_path / "smoke" / "history.jsonl"
     died: list[float] = []

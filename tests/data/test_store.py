@@ -15,7 +15,7 @@ import pytest
 from reader_shards import files_set
 from s3_server import SECRET, Bucket
 
-from vaegan_dist.data import store as store_module
+from vaegan_dist.data import transfer
 from vaegan_dist.data.dataset import open_dataset
 from vaegan_dist.data.manifest import Manifest, ShardInfo
 from vaegan_dist.data.store import RemoteShards
@@ -102,7 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(store_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(transfer, "FIRST_PAUSE", 0.01)
     with Server() as running:
         thread = threading.Thread(target=running.serve_forever, args=(0.01,))
         thread.start()

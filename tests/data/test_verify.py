@@ -185,6 +185,6 @@ def test_shards_that_cannot_be_adopted(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not below"):
         index_existing([str(tmp_path / "sizes")], folder=tmp_path / "empty")
     for remote in ("s3://bucket/x.tar", "pipe:cat /etc/passwd"):
-        with pytest.raises(InputError, match="read as files"):
+        with pytest.raises(InputError, match="not a path"):
             index_existing([remote])
     assert not list(tmp_path.rglob("dataset.json"))

@@ -285,6 +285,6 @@ def test_the_runs_configuration_is_accepted(rendered: dict[Combination, list[Man
         limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
         assert config.cluster.cpus_per_worker == float(limits["cpu"]), (overlay, extra)
         assert config.cluster.gpus_per_worker == float(limits.get("nvidia.com/gpu", 0)), (overlay, extra)
-        assert config.cluster.workers <= group["maxReplicas"], (overlay, extra)
+        assert config.cluster.most_workers <= group["maxReplicas"], (overlay, extra)
         if job:
             assert config.cluster.start_timeout_seconds <= job["spec"]["preRunningDeadlineSeconds"]

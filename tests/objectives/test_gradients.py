@@ -9,6 +9,7 @@ from textbook import textbook_gradients
 from vaegan_dist.config import NETWORK_NAMES, ConvModel, MlpModel, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import ImageShape, build_networks
+from vaegan_dist.models.layers import SelfAttention
 from vaegan_dist.objectives import build_objective
 
 BATCH = 4
@@ -22,7 +23,14 @@ MODELS = {
     "conv": ConvModel(**CONV, kernel_size=3, norm="none"),
     "conv-norm-stem": ConvModel(**CONV, discriminator_stem=3, discriminator_norm="group"),
     "conv-minibatch-std": ConvModel(**CONV, kernel_size=3, minibatch_std=4),
+    "mlp-spectral": MlpModel(latent_dim=3, hidden=(9,), discriminator_hidden=(8, 6), discriminator_norm="spectral"),
+    "conv-spectral": ConvModel(**CONV, kernel_size=3, norm="spectral", discriminator_norm="spectral"),
+    "conv-batch": ConvModel(**CONV, kernel_size=3, norm="batch", discriminator_norm="batch"),
+    "conv-attention": ConvModel(**CONV, kernel_size=3, norm="none", attention=(4, 2)),
+    "conv-residual": ConvModel(**CONV, kernel_size=3, norm="none", discriminator="residual", minibatch_std=2),
 }
+# The grid of penalties and routes is tested on these; the others differ in their networks only.
+WHOLE_GRID = ("mlp", "mlp-minibatch-std")
 ROUTES = {
     "gan": ("gan", {"adversarial_weight": 0.7}),
     "pixel": ("vaegan", {"reconstruction": "bernoulli", "beta": 0.3}),
@@ -59,6 +67,9 @@ def small_problem(model, *, seed=0, scale=3.0):
     with torch.no_grad():
         for parameter in networks.parameters():
             parameter.mul_(scale**0.5)
+        for module in networks.modules():
+            if isinstance(module, SelfAttention):
+                module.gain.fill_(0.7)  # it begins at 0, which would hide the rest of the layer
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(BATCH, 2, 8, 8, generator=generator, dtype=torch.float64) * 1.8 - 0.9
 
@@ -73,7 +84,7 @@ def small_problem(model, *, seed=0, scale=3.0):
 
 def loss_and_penalty(model):
     """Every pair on the quick networks; on the slow ones every loss and every penalty."""
-    if model.startswith("mlp"):
+    if model in WHOLE_GRID:
         return itertools.product(ADVERSARIAL, PENALTIES)
     return zip(ADVERSARIAL, itertools.cycle(PENALTIES), strict=False)
 
@@ -95,19 +106,22 @@ def assert_gradients(networks, trained, reference):
             assert error <= TOLERANCE * float(expected.abs().max()) + floor, f"{name}.{key}: off by {error}"
 
 
-def check(model, objective, settings, *, train=None, images_seen=0, prepare=None):
+def check(model, objective, settings, *, train=None, images_seen=0, prepare=None, anchors=None):
     networks, x, draw = small_problem(MODELS[model])
     if prepare:
         prepare(networks)
     step = build_objective(phase_of(objective, train), settings, networks, batch_size=BATCH)
+    if anchors:
+        step.memory["lecam"].copy_(torch.tensor([0.3 * anchors[0], 0.3 * anchors[1], 0.3]))
     noise = draw(step)
     total, terms = step(x, noise, images_seen)
     total.backward()
     full = {"eps": (BATCH, 3), "z_prior": (BATCH, 3), "mix": (BATCH, 1, 1, 1)}
-    noise = {name: noise.get(name, torch.zeros(shape, dtype=torch.float64)) for name, shape in full.items()}
+    noise |= {name: torch.zeros(shape, dtype=torch.float64) for name, shape in full.items() if name not in noise}
     penalise = images_seen // BATCH % settings.penalty_interval == 0
-    reference = textbook_gradients(objective, settings, networks, x, noise, penalise=penalise)
+    reference = textbook_gradients(objective, settings, networks, x, noise, penalise=penalise, anchors=anchors)
     assert_gradients(networks, step.trained, reference)
+    assert terms.pop("latent", torch.zeros(3, step.latent_units)).shape == (3, step.latent_units)
     assert tuple(terms) == step.term_names
     assert all(term.dim() == 0 and not term.requires_grad and bool(term.isfinite()) for term in terms.values())
     return terms
@@ -123,6 +137,25 @@ def test_every_loss_and_penalty(model, route):
             check(model, objective, settings)
         except AssertionError as error:
             raise AssertionError(f"{adversarial}, {penalty}: {error}") from error
+
+
+@pytest.mark.parametrize("policy", [("color",), ("translation",), ("cutout",), ("color", "translation", "cutout")])
+@pytest.mark.parametrize("model", ["mlp", "conv-norm-stem", "conv-minibatch-std"])
+def test_altered_pictures(model, policy):
+    """Gradients pass the alterations to both players, also where penalties differentiate through them twice."""
+    for (objective, keys), penalty in itertools.product(ROUTES.values(), ("none", "lazy", "gradient_penalty")):
+        settings = ObjectiveSection(diff_augment=policy, **keys, **PENALTIES[penalty])
+        check(model, objective, settings)
+
+
+@pytest.mark.parametrize("anchors", [None, (0.4, -0.7)])
+@pytest.mark.parametrize("route", ["gan", "larsen-paper"])
+@pytest.mark.parametrize("model", ["mlp", "conv-minibatch-std"])
+def test_lecam(model, route, anchors):
+    objective, keys = ROUTES[route]
+    for adversarial in ADVERSARIAL:
+        terms = check(model, objective, ObjectiveSection(lecam=0.3, adversarial=adversarial, **keys), anchors=anchors)
+        assert bool(terms["penalty_lecam"] > 0) == (anchors is not None)
 
 
 @pytest.mark.parametrize("kind", ["bernoulli", "l2", "l1"])
@@ -216,6 +249,7 @@ def run(step, x, noise):
         ({"similarity": 1.0, "similarity_layer": 2}, None, "vaegan", "objective.similarity_layer=2"),
         ({}, ("discriminator",), "vae", "phases.p.train=discriminator"),
         ({}, ("encoder",), "gan", "phases.p.train=encoder"),
+        ({"equilibrium": 0.68, "adversarial": "hinge"}, None, "vaegan", "phases.p.settings.equilibrium=0.68"),
     ],
 )
 def test_settings_that_cannot_work_together(keys, train, objective, named):

@@ -71,7 +71,7 @@ def test_each_stage_has_the_gradient_of_its_own_loss(model, settings):
         total, terms = stage(x, noise, 0)
         total.backward()
         assert_gradients(networks, (player,), reference)
-        assert all(bool(term.isfinite()) and not term.requires_grad for term in terms.values())
+        assert all(bool(term.isfinite().all()) and not term.requires_grad for term in terms.values())
 
 
 def test_the_exponentials_lie_between_0_and_1():

@@ -1,6 +1,7 @@
 """The textbook step: each network's loss on its own, differentiated on its own. Nothing of the objectives is used.
 
-Kingma & Welling 2014; Goodfellow et al. 2014; Larsen et al. 2016 (equation 9, algorithm 1); Mescheder et al. 2018.
+Kingma & Welling 2014; Goodfellow et al. 2014; Larsen et al. 2016 (equation 9, algorithm 1); Mescheder et al. 2018;
+Zhao et al. 2020; Tseng et al. 2021.
 """
 
 import itertools
@@ -11,6 +12,56 @@ from torch import Tensor, nn
 from vaegan_dist.config import ObjectiveSection
 
 Gradients = dict[str, list[Tensor]]
+
+
+def altered(policy, normal: Tensor | None, x: Tensor) -> Tensor:
+    """DiffAugment (Zhao et al. 2020), picture by picture: `normal` has 7 standard normal numbers for each."""
+    if not policy:
+        return x
+    shares = 0.5 * (1 + torch.erf(normal / 2**0.5))
+    return torch.stack([_altered(policy, numbers.tolist(), image) for numbers, image in zip(shares, x, strict=True)])
+
+
+def _altered(policy, u: list[float], image: Tensor) -> Tensor:
+    height, width = image.shape[1:]
+    if "color" in policy:
+        image = image + u[0] - 0.5
+        grey = image.sum(0) / len(image)
+        image = torch.stack([grey + 2 * u[1] * (channel - grey) for channel in image])
+        image = image.mean() + (0.5 + u[2]) * (image - image.mean())
+    if "translation" in policy:
+        shifts = [
+            int(u[3 + i] * (2 * int(size / 8 + 0.5) + 1)) - int(size / 8 + 0.5)
+            for i, size in enumerate((height, width))
+        ]
+        image = torch.roll(image, shifts, (1, 2))
+        rows = torch.tensor([0 <= row - shifts[0] < height for row in range(height)])
+        columns = torch.tensor([0 <= column - shifts[1] < width for column in range(width)])
+        image = image * rows[:, None] * columns
+    if "cutout" in policy:
+        keep = torch.ones(height, width, dtype=image.dtype)
+        sides = [int(size / 2 + 0.5) for size in (height, width)]
+        first = [int(u[5 + i] * (size + 1 - sides[i] % 2)) - sides[i] // 2 for i, size in enumerate((height, width))]
+        keep[max(first[0], 0) : first[0] + sides[0], max(first[1], 0) : first[1] + sides[1]] = 0
+        image = image * keep
+    return image
+
+
+class Seen:
+    """The discriminator, and what it is shown of real (and reconstructed) and of generated pictures."""
+
+    def __init__(self, s, nets, noise):
+        self.s, self.net, self.noise = s, nets["discriminator"], noise
+        self.patches, self.depth = self.net.patches, self.net.depth
+
+    def altered(self, x, kind):
+        return altered(self.s.diff_augment, self.noise.get(f"augment_{kind}"), x)
+
+    def __call__(self, x, kind="real"):
+        return self.net(self.altered(x, kind))
+
+    def features(self, x, layer):
+        return self.net.features(self.altered(x, "real"), layer)
 
 
 def softplus(x: Tensor) -> Tensor:
@@ -41,7 +92,9 @@ GENERATOR = {
 }
 
 
-def reconstruction_loss(s: ObjectiveSection, nets: nn.ModuleDict, z: Tensor, x: Tensor, *, learned: bool) -> Tensor:
+def reconstruction_loss(
+    s: ObjectiveSection, nets: nn.ModuleDict, d: Seen, z: Tensor, x: Tensor, *, learned: bool
+) -> Tensor:
     a = nets["decoder"].pre_image(z)
     p, t, x_rec = torch.sigmoid(a), (x + 1) / 2, nets["decoder"](z)
     loss = {
@@ -52,8 +105,8 @@ def reconstruction_loss(s: ObjectiveSection, nets: nn.ModuleDict, z: Tensor, x: 
     }[s.reconstruction]()
     loss = s.reconstruction_weight * loss.sum() / len(x)
     if learned and s.similarity:
-        layer = s.similarity_layer % nets["discriminator"].depth
-        real, rec = (nets["discriminator"].features(image, layer) for image in (x, x_rec))
+        layer = s.similarity_layer % d.depth
+        real, rec = (d.features(image, layer) for image in (x, x_rec))
         loss = loss + s.similarity * ((real.detach() - rec) ** 2).sum() / 2 / len(x)
     return loss
 
@@ -62,59 +115,63 @@ def encoder_loss(s, nets, x, noise, objective, beta):
     mu, logvar = nets["encoder"].moments(x)
     z = mu + torch.exp(logvar / 2) * noise["eps"]
     kl = 0.5 * (logvar.exp() + mu**2 - 1 - logvar).sum() / len(x)
-    loss = reconstruction_loss(s, nets, z, x, learned=objective == "vaegan") + beta * kl
+    d = Seen(s, nets, noise)
+    loss = reconstruction_loss(s, nets, d, z, x, learned=objective == "vaegan") + beta * kl
     if objective == "vaegan" and s.adversarial_to_encoder:
-        d = nets["discriminator"]
         generated = GENERATOR[s.adversarial](d(nets["decoder"](z)), d(x).detach()).mean()
         loss = loss + s.adversarial_weight * generated
     return loss
 
 
 def _fakes(s, nets, noise, x, objective):
-    fakes = [] if s.fakes == "reconstruction" else [nets["decoder"](noise["z_prior"])]
+    fakes = {} if s.fakes == "reconstruction" else {"gen": nets["decoder"](noise["z_prior"])}
     if objective == "vaegan" and "reconstruction" in s.fakes:
         mu, logvar = nets["encoder"].moments(x)
         z = (mu + torch.exp(logvar / 2) * noise["eps"]).detach()
-        fakes.append(nets["decoder"](z))
+        fakes["real"] = nets["decoder"](z)  # altered as their real pictures are
     return fakes
 
 
 def decoder_loss(s, nets, x, noise, objective):
-    loss = x.new_zeros(())
+    loss, d = x.new_zeros(()), Seen(s, nets, noise)
     if objective != "gan":
         mu, logvar = nets["encoder"].moments(x)
         z = (mu + torch.exp(logvar / 2) * noise["eps"]).detach()
         gamma = s.gamma if objective == "vaegan" else 1.0
-        loss = gamma * reconstruction_loss(s, nets, z, x, learned=objective == "vaegan")
+        loss = gamma * reconstruction_loss(s, nets, d, z, x, learned=objective == "vaegan")
     if objective != "vae":
-        real = nets["discriminator"](x).detach()
-        for fake in _fakes(s, nets, noise, x, objective):
-            loss = loss + s.adversarial_weight * GENERATOR[s.adversarial](nets["discriminator"](fake), real).mean()
+        real = d(x).detach()
+        for kind, fake in _fakes(s, nets, noise, x, objective).items():
+            loss = loss + s.adversarial_weight * GENERATOR[s.adversarial](d(fake, kind), real).mean()
     return loss
 
 
-def gradient_norm_squared(d, image):
+def gradient_norm_squared(d, image, kind="real"):
     image = image.detach().requires_grad_()
-    logit_of_an_image = d(image).flatten(1).mean(1) if d.patches else d(image)
+    logit_of_an_image = d(image, kind).flatten(1).mean(1) if d.patches else d(image, kind)
     (gradient,) = torch.autograd.grad(logit_of_an_image.sum(), image, create_graph=True)
     return (gradient**2).sum(dim=(1, 2, 3))
 
 
-def discriminator_loss(s, nets, x, noise, objective, penalise):
-    d = nets["discriminator"]
-    fakes = [fake.detach() for fake in _fakes(s, nets, noise, x, objective)]
+def discriminator_loss(s, nets, x, noise, objective, penalise, anchors=None):
+    d = Seen(s, nets, noise)
+    fakes = {kind: fake.detach() for kind, fake in _fakes(s, nets, noise, x, objective).items()}
     if s.adversarial == "relativistic":
-        loss = sum(softplus(-(d(x) - d(fake))).mean() for fake in fakes)
+        loss = sum(softplus(-(d(x) - d(fake, kind))).mean() for kind, fake in fakes.items())
     else:
         loss = DISCRIMINATOR_REAL[s.adversarial](d(x)).mean()
-        loss = loss + sum(DISCRIMINATOR_FAKE[s.adversarial](d(fake)).mean() for fake in fakes)
+        loss = loss + sum(DISCRIMINATOR_FAKE[s.adversarial](d(fake, kind)).mean() for kind, fake in fakes.items())
     if penalise:
         loss = loss + s.penalty_interval * s.r1 / 2 * gradient_norm_squared(d, x).mean()
-        for fake in fakes:
-            loss = loss + s.penalty_interval * s.r2 / 2 * gradient_norm_squared(d, fake).mean()
+        for kind, fake in fakes.items():
+            loss = loss + s.penalty_interval * s.r2 / 2 * gradient_norm_squared(d, fake, kind).mean()
+    if anchors is not None:
+        at_real, at_fake = anchors
+        loss = loss + s.lecam * ((d(x) - at_fake) ** 2).mean()
+        loss = loss + s.lecam * sum(((d(fake, kind) - at_real) ** 2).mean() for kind, fake in fakes.items())
     if s.gradient_penalty:
         share = 0.5 * (1 + torch.erf(noise["mix"] / 2**0.5))
-        norm = gradient_norm_squared(d, share * x + (1 - share) * fakes[0]).sqrt()
+        norm = gradient_norm_squared(d, share * x + (1 - share) * next(iter(fakes.values()))).sqrt()
         loss = loss + s.gradient_penalty * ((norm - 1) ** 2).mean()
     return loss
 
@@ -128,8 +185,13 @@ def textbook_gradients(
     *,
     penalise: bool = True,
     beta: float | None = None,
+    anchors: tuple[float, float] | None = None,
 ) -> Gradients:
-    """Gradients of every network that the objective trains."""
+    """Gradients of every network that the objective trains.
+
+    Args:
+        anchors: LeCam's moving averages of real and of fake logits; None: nothing has been seen yet.
+    """
     requires = [p.requires_grad for p in nets.parameters()]
     nets.requires_grad_(True)
     losses = {}
@@ -137,7 +199,7 @@ def textbook_gradients(
         losses["encoder"] = encoder_loss(s, nets, x, noise, objective, s.beta if beta is None else beta)
     losses["decoder"] = decoder_loss(s, nets, x, noise, objective)
     if objective != "vae":
-        losses["discriminator"] = discriminator_loss(s, nets, x, noise, objective, penalise)
+        losses["discriminator"] = discriminator_loss(s, nets, x, noise, objective, penalise, anchors)
     gradients = {}
     for name, loss in losses.items():
         parameters = list(nets[name].parameters())

@@ -26,6 +26,9 @@ class Recorder:
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         self._take((name, images_seen))
 
+    def histogram(self, name: str, values: Any, images_seen: int) -> None:
+        self._take((name, images_seen))
+
     def close(self) -> None:
         self._take("closed")
 

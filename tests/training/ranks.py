@@ -85,7 +85,9 @@ def steps_of(config: Config, rank: int, world_size: int, dtype: torch.dtype, aro
         while not state.phase_done:
             position, batch = next(batches)
             step.sums.zero_()
+            before = {name: digest(network) for name, network in state.networks.items()}
             step(batch.images)
+            moved = {name: digest(network) != before[name] for name, network in state.networks.items()}
             state.advance(config.training.batch_size, position)
             sums = step.sums.clone()
             if world_size > 1:
@@ -93,15 +95,21 @@ def steps_of(config: Config, rank: int, world_size: int, dtype: torch.dtype, aro
             terms = dict(zip(step.term_names, (sums / world_size).tolist(), strict=True))
             frozen = [name for name, network in state.networks.items() if name not in step.trained]
             leaks = [name for name in frozen if any(p.grad is not None for p in state.networks[name].parameters())]
-            rows.append({"phase": phase.name, "terms": terms, "parameters": digest(state.networks), "leaks": leaks})
+            whole = digest(state.networks) + digest_of(state.memory)
+            rows.append({"phase": phase.name, "terms": terms, "parameters": whole, "leaks": leaks, "moved": moved})
     batches.close()
     return rows
 
 
 def digest(module: torch.nn.Module) -> str:
     """Hash of every parameter's bytes."""
+    return digest_of(module.state_dict())
+
+
+def digest_of(tensors: dict[str, torch.Tensor]) -> str:
+    """Hash of every tensor's bytes."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         sha.update(name.encode())
         sha.update(tensor.detach().contiguous().numpy().tobytes())
     return sha.hexdigest()

@@ -10,7 +10,9 @@ from vaegan_dist.config_source import load_config
 from vaegan_dist.reporting.records import Record
 from vaegan_dist.training.checkpoint import checkpoints
 
-TIMES = {"seconds", "images_per_second", "data_wait_ratio", "checkpoint_seconds", "path"}
+TIMES = {"seconds", "images_per_second", "data_wait_ratio", "checkpoint_seconds", "checkpoint_bytes", "path"}
+TIMES |= {"step_seconds", "data_wait_seconds", "communication_seconds", "compute_seconds", "rank_skew_ratio"}
+TIMES |= {"slowest_rank"}
 # What only a run that was interrupted says.
 INTERRUPTED = ("resume", "end")
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")

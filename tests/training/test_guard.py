@@ -1,5 +1,9 @@
 """Numbers that break: skipped, rolled back, given up, and said; the watch for divergence."""
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ from torch import Tensor
 
 from tests.training.runs import config_of, rows_of, tensors_of
 from vaegan_dist.errors import VaeganError
+from vaegan_dist.reporting.records import Record
 from vaegan_dist.training.guard import Watch
 from vaegan_dist.training.loop import train
 from vaegan_dist.training.resume import run_folder
@@ -114,3 +119,74 @@ def test_the_watch_names_a_term_that_is_not_finite_and_begins_anew_with_a_phase(
     assert watch.look("vae", {"loss_rec": float("nan")}) == ["loss_rec is nan though the gradient is finite"]
     assert watch.look("vae", {"loss_rec": float("nan")}) == []
     assert watch.look("joint", {"loss_rec": float("inf")}) == ["loss_rec is inf though the gradient is finite"]
+
+
+POISON = """
+import sys, torch
+from vaegan_dist.training.step import Step
+original, rank, ranks = Step._to_device, int(sys.argv.pop(1)), sys.argv.pop(1)
+def to_device(step, images):
+    x = original(step, images)
+    progress = step.state.progress
+    # The last rank has the last rows: with one rank the same picture of the batch is hit.
+    if progress.images_seen in range(640, 1024, 64) and progress.rollbacks == 0 and str(rank) in ranks:
+        x = x.clone()
+        x[-1, 0, 0, 0] = torch.inf
+    return x
+Step._to_device = to_device
+from vaegan_dist.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.multiprocess
+def test_one_rank_with_bad_numbers_rolls_back_all_of_them(digits: Path, tmp_path: Path) -> None:
+    """Only rank 1 of 2 gets them; the history is that of one rank with the same bad picture, up to rounding."""
+    settings = ("phases=[{name: vae, objective: vae, images: 1536}]", "checkpoint.images=512")
+
+    def run(name: str, world_size: int, poisoned: str) -> list[Record]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            group = {
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(probe.getsockname()[1]),
+            }
+        arguments = [
+            f"data.path={digits}",
+            f"run.storage={tmp_path}",
+            f"run.name={name}",
+            f"cluster.workers={world_size}",
+        ]
+        shared = [
+            "train",
+            "--preset",
+            "smoke",
+            "--runtime",
+            "local",
+            "reporting.tensorboard=false",
+            *settings,
+            *arguments,
+        ]
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-c", POISON, str(rank), poisoned, *shared],
+                env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            assert [process.wait(200) for process in ranks] == [0] * world_size
+        finally:
+            for process in ranks:
+                process.kill()
+        return rows_of(tmp_path / name)
+
+    one, two = run("one", 1, "0"), run("two", 2, "1")
+    assert [row["images_seen"] for row in two if row["event"] == "rollback"] == [512]
+    kept = [[row for row in rows if row["event"] in ("train", "rollback", "phase")] for rows in (one, two)]
+    assert [(r["event"], r["images_seen"]) for r in kept[0]] == [(r["event"], r["images_seen"]) for r in kept[1]]
+    for first, second in zip(*kept, strict=True):
+        assert second.keys() == first.keys()
+        if "loss_rec" in first:
+            assert second["loss_rec"] == pytest.approx(first["loss_rec"], rel=1e-3)

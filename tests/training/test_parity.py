@@ -29,16 +29,34 @@ LATENT_DIFFUSION = (
     "model.discriminator_layers=1",
 )
 
+SMALL_CONV = (PHASES, "model.channels=[4, 8]", "model.discriminator_channels=[4, 8]", "model.hidden=8")
+# Everything that decides or remembers from step to step: the gate, LeCam, alterations, spectral norms; and attention.
+STABILISED = (
+    *SMALL_CONV,
+    "model.norm=spectral",
+    "model.discriminator_norm=spectral",
+    "model.attention=[14, 7]",
+    "objective.diff_augment=[color, translation, cutout]",
+    "objective.lecam=0.3",
+    "objective.equilibrium=0.68",
+    "objective.equilibrium_margin=0.02",
+)
+# Layers that couple the images of all ranks.
+COUPLED = (*SMALL_CONV, "model.norm=batch", "model.discriminator_norm=batch", "objective.fakes=prior+reconstruction")
+RESIDUAL = (*SMALL_CONV, "model.discriminator=residual", "objective.r2=0.1")
+VARIANTS = {"stabilised": STABILISED, "coupled": COUPLED, "residual": RESIDUAL}
+
 
 def config_of(preset: str, data: Path, *overrides: str) -> Config:
-    """A preset, shortened to 20 steps over its kinds of phases."""
-    own = {"soft-intro-32": INTROSPECTIVE, "kl-f4-64": LATENT_DIFFUSION}.get(preset, (PHASES,))
+    """A preset, shortened to 20 steps over its kinds of phases; or a variant of digits-conv."""
+    own = {"soft-intro-32": INTROSPECTIVE, "kl-f4-64": LATENT_DIFFUSION, **VARIANTS}.get(preset, (PHASES,))
     return load_config(
-        preset, overrides=[f"data.path={data}", "training.batch_size=64", *own, "cluster.workers=1", *overrides]
+        "digits-conv" if preset in VARIANTS else preset,
+        overrides=[f"data.path={data}", "training.batch_size=64", *own, "cluster.workers=1", *overrides],
     )
 
 
-@pytest.fixture(scope="module", params=["seed-mlp", "digits-conv", "soft-intro-32", "kl-f4-64"])
+@pytest.fixture(scope="module", params=["seed-mlp", "digits-conv", "soft-intro-32", "kl-f4-64", *VARIANTS])
 def preset(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -77,6 +95,21 @@ def test_the_parity_test_sees_a_network_called_around_its_wrapper(digits: Path, 
 def test_micro_batches_add_up_to_the_batch(preset: str, one_rank: list[dict], digits: Path) -> None:  # type: ignore[type-arg]
     if preset == "kl-f4-64":
         pytest.skip("the adaptive weight is that of the micro-batch")
+    if preset == "coupled":
+        pytest.skip("a micro-batch has batch norm statistics of its own")
     config = config_of(preset, digits, "training.gradient_accumulation_steps=4")
     for number, (whole, parts) in enumerate(zip(one_rank, steps_of(config, 0, 1, torch.float64), strict=True)):
         assert parts["terms"] == pytest.approx(whole["terms"], rel=1e-6, abs=1e-9), f"step {number}"
+
+
+def test_the_gate_holds_back_whoever_is_ahead(digits: Path) -> None:
+    """Both kinds of decision occur, a held network keeps its weights and moments, and never both are held."""
+    rows = steps_of(config_of("stabilised", digits), 0, 1, torch.float64)
+    joint = [row for row in rows if row["phase"] == "joint"]
+    held = {name: sum(row["terms"][f"gated_{name}"] for row in joint) for name in ("decoder", "discriminator")}
+    assert sum(held.values()) > 0
+    assert all(row["terms"]["gated_decoder"] + row["terms"]["gated_discriminator"] < 2 for row in joint)
+    for row in joint:
+        for name in ("decoder", "discriminator"):
+            assert row["moved"][name] == (row["terms"][f"gated_{name}"] == 0)
+    assert all(row["moved"]["encoder"] for row in joint)

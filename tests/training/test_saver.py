@@ -78,19 +78,19 @@ def test_a_write_that_fails_once_is_said_and_tried_again(
     config = config_of(digits, tmp_path, "checkpoint.retry_seconds=0")
     assert train(config, runtime).reason == "done"
     (warning,) = [str(r["message"]) for r in runtime.records if r["event"] == "warning"]
-    assert "Input/output error" in warning and "attempt 1 of 3" in warning and "trying again" in warning
+    assert "Input/output error" in warning and "attempt 1 of 5" in warning and "trying again" in warning
     assert 1024 in counts(run_folder(config))
 
 
 def test_a_write_that_keeps_failing_ends_the_run_with_what_to_do(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(saver, "write_checkpoint", failing(3, OSError(errno.ENOSPC, "No space left on device")))
+    monkeypatch.setattr(saver, "write_checkpoint", failing(5, OSError(errno.ENOSPC, "No space left on device")))
     config = config_of(digits, tmp_path, "checkpoint.retry_seconds=0")
     with pytest.raises(VaeganError) as caught:
         train(config, SingleProcess())
     line = str(caught.value)
-    for part in ("No space left on device", "MiB free", "make room", "attempt 3 of 3", str(run_folder(config))):
+    for part in ("No space left on device", "MiB free", "make room", "attempt 5 of 5", str(run_folder(config))):
         assert part in line
     assert "\n" not in line and not counts(run_folder(config))
     monkeypatch.undo()

@@ -4,9 +4,10 @@ import logging
 import os
 import socket
 import sys
-import threading
 import time
 import uuid
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,24 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
-from vaegan_dist.cluster.hub import Failure, start_hub
+from vaegan_dist.cluster.attempts import Budget, Steward, Watcher, describe_failure, kind_of
+from vaegan_dist.cluster.hub import Failure, end_of, start_hub
+from vaegan_dist.cluster.placement import own_group, release, wait_for_room, worker_resources
+from vaegan_dist.cluster.raylet import raylet_watched
 from vaegan_dist.cluster.runtime import OnRecord
 from vaegan_dist.cluster.signals import stop_signals
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import validate
 from vaegan_dist.errors import ConfigError, VaeganError
 from vaegan_dist.reporting.records import Record
+from vaegan_dist.reporting.snapshot import RankSnapshot
+from vaegan_dist.training.failure import Aftermath
+from vaegan_dist.training.finished import outcome_of_finished, outcome_of_stopped
 from vaegan_dist.training.loop import Outcome, train
 from vaegan_dist.training.resume import run_folder
 
-POLL_SECONDS = 0.5
+START_ATTEMPTS = 3
+START_SECONDS = 60  # for workers whose room is there
 TELL_SECONDS = 1.0  # for a message that is on its way when its process ends
 
 
@@ -47,6 +55,10 @@ class RayRuntime:
     def publish(self, record: Record) -> None:
         """Send the record on its way; nobody waits for it."""
         self.hub.publish.remote(record)
+
+    def observe(self, snapshot: RankSnapshot) -> None:
+        """Send the snapshot on its way; nobody waits for it."""
+        self.hub.observe.remote(snapshot)
 
     def checkpointed(self, metrics: dict[str, float], checkpoint: Path) -> None:
         """Show Ray Train that the run advances. The checkpoint itself stands in the run's folder already."""
@@ -70,7 +82,7 @@ class RayRuntime:
         return answer
 
     def abandon(self, message: str) -> None:
-        """Tell the driver and end; Ray Train starts the workers again, because a hang may not come back."""
+        """Tell the driver and end; the workers are started again, because a hang may not come back."""
         self.hub.publish.remote({"event": "warning", "message": message})
         print(f"error: {message}", file=sys.stderr, flush=True)
         time.sleep(TELL_SECONDS)
@@ -86,22 +98,75 @@ def train_on_ray(config: Config, on_record: OnRecord, address: str = "auto", wor
         worker_logs: also show what Ray and its workers print; what matters reaches `on_record` anyway.
     """
     config = with_absolute_paths(config)
+    finished = outcome_of_finished(config)
+    if finished is not None:
+        return finished
     connect(config, address, worker_logs)
-    hub = start_hub()
-    watcher = _Watcher(hub, on_record)
-    trainer = _make_trainer(config, hub)
-    with stop_signals(hub.request_stop.remote):
-        try:
-            trainer.fit()
-        except ray.train.TrainingFailedError as error:
-            raise _explain(error, hub) from None
-        finally:
-            watcher.close()
-    return watcher.outcome()
+    aftermath = Aftermath(config, on_record)
+    with raylet_watched(aftermath.block):
+        hub = start_hub(config)
+        with stop_signals(hub.request_stop.remote):
+            return _train_with(config, hub, aftermath.note)
+
+
+def _train_with(config: Config, hub: Any, on_record: OnRecord) -> Outcome:
+    budget = Budget(config.cluster)
+    try:
+        with closing(Watcher(hub, on_record, budget)) as watcher, end_of(hub):
+            return _attempt_until_done(config, hub, watcher, budget)
+    except ray.exceptions.RayError as error:
+        cause = " ".join(str(error).split())[:200]
+        raise VaeganError(f"Ray failed: {cause}; run the same command again to continue") from error
+
+
+def train_group(config: Config, on_record: OnRecord, on_hub: Callable[[Any], object]) -> Outcome:
+    """The same from inside of a process of Ray, such as a trial of a sweep; `on_hub` hears whom to ask to stop."""
+    hub = start_hub(config)
+    on_hub(hub)
+    return _train_with(config, hub, on_record)
+
+
+def _attempt_until_done(config: Config, hub: Any, watcher: Watcher, budget: Budget) -> Outcome:
+    """One attempt after the other until the run ends, is stopped, or has failed too often."""
+    workers: int | None = None
+    cause = ""
+    while True:
+        workers = wait_for_room(config, workers, watcher.stopped, watcher.warn)
+        if workers is None:
+            return outcome_of_stopped(config)
+        ray.get(hub.begin_attempt.remote(cause))
+        with Steward(config, hub, workers, watcher.warn) as steward:
+            error = _attempt(config, hub, workers)
+        if error is None:
+            outcome = watcher.outcome()
+            if not (steward.moving and outcome.reason == "stopped") or watcher.stopped():
+                return outcome
+            cause = "preemption" if steward.announced else "resize"
+            continue
+        release(ray.get(hub.take_groups.remote()))
+        explained = watcher.explained()
+        if explained is not None:
+            raise explained
+        kind = kind_of(error, steward.announced)
+        cause = kind.name.lower()
+        line = budget.spend(kind, describe_failure(error, workers))
+        if watcher.stopped():
+            return outcome_of_stopped(config)
+        watcher.warn(line)
+
+
+def _attempt(config: Config, hub: Any, workers: int) -> BaseException | None:
+    """Train with so many workers; the failure, if it fails."""
+    try:
+        _make_trainer(config, hub, workers).fit()
+    except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+        failure: BaseException = error
+        return failure
+    return None
 
 
 def connect(config: Config, address: str = "auto", worker_logs: bool = False) -> None:
-    """Join or start Ray, quietly, and say at once when the cluster cannot hold the workers."""
+    """Join or start Ray, quietly."""
     quiet: dict[str, Any] = {
         "logging_level": logging.ERROR,
         "log_to_driver": worker_logs,
@@ -115,30 +180,35 @@ def connect(config: Config, address: str = "auto", worker_logs: bool = False) ->
                 raise ConfigError(f"--address {address}: no Ray cluster answers there: {error}") from None
             address = "local"
     if address == "local":
-        cpus = int(config.cluster.workers * config.cluster.cpus_per_worker + 0.999)
-        ray.init(
-            address="local",
-            num_cpus=max(os.cpu_count() or 1, cpus),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **quiet,
-        )
-    _warn_of_resources(config)
+        _start_local(config, quiet)
 
 
-def _warn_of_resources(config: Config) -> None:
-    """Say what the run waits for when the cluster, as it stands, cannot hold it (an autoscaler may still help)."""
-    cluster, have = config.cluster, ray.cluster_resources()
-    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        need = cluster.workers * each
-        if need > have.get(resource, 0.0):
-            print(
-                f"warning: {cluster.workers} workers need {need:g} {resource}, the cluster has "
-                f"{have.get(resource, 0.0):g}; waiting up to {cluster.start_timeout_seconds} s for more "
-                f"(cluster.start_timeout_seconds), or set cluster.workers lower",
-                file=sys.stderr,
-                flush=True,
+def _start_local(config: Config, quiet: dict[str, Any]) -> None:
+    """Start a Ray on loopback; its processes have half a minute, which a machine under load may not give them."""
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=local_cpus(config),
+                include_dashboard=False,
+                _node_ip_address="127.0.0.1",
+                **quiet,
             )
+            return
+        except Exception as error:
+            # Ray raises nothing more special.
+            if "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                raise VaeganError(
+                    f"Ray did not start here in {attempt} attempts; see what else loads this machine, and try again"
+                ) from None
+
+
+def local_cpus(config: Config) -> int:
+    """CPUs of a Ray that is started here: the machine's, or as many as the workers of one run need."""
+    return max(os.cpu_count() or 1, int(config.cluster.most_workers * config.cluster.cpus_per_worker + 0.999))
 
 
 def with_absolute_paths(config: Config) -> Config:
@@ -163,12 +233,12 @@ def absolute_path(path: str) -> str:
     return str(base / Path(path).expanduser())
 
 
-def _make_trainer(config: Config, hub: Any) -> TorchTrainer:
+def _make_trainer(config: Config, hub: Any, workers: int) -> TorchTrainer:
     cluster = config.cluster
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(cluster.start_timeout_seconds)
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
+    # There was room a moment ago; should it be taken since, the next attempt waits anew.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(min(cluster.start_timeout_seconds, START_SECONDS))
+    # The steward watches for announced ends, and lets the run move at a checkpoint.
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     return TorchTrainer(
         _train_worker,
         train_loop_config={"config": config.model_dump(mode="json"), "hub": hub},
@@ -176,34 +246,28 @@ def _make_trainer(config: Config, hub: Any) -> TorchTrainer:
             backend="nccl" if cluster.gpus_per_worker else "gloo", timeout_s=cluster.collective_timeout_seconds
         ),
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=resources
+            num_workers=workers, use_gpu=cluster.gpus_per_worker > 0, resources_per_worker=worker_resources(cluster)
         ),
         run_config=RunConfig(
             # Ray's own bookkeeping; the name is new each time because resuming is the run folder's business.
             name=uuid.uuid4().hex[:12],
             storage_path=str(run_folder(config) / "ray"),
-            failure_config=FailureConfig(
-                max_failures=cluster.max_failures,
-                controller_failure_limit=cluster.max_failures,
-                max_preemption_failures=-1,
-            ),
+            # `Budget` counts, because what follows a failure may be another number of workers.
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0),
         ),
     )
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
     """Body of a training worker."""
-    hub = arguments["hub"]
-    earlier = ray.get(hub.why_failed.remote())
-    if earlier is not None:
-        raise VaeganError(earlier.message)
-    config = validate(arguments["config"])
+    hub, config = arguments["hub"], validate(arguments["config"])
     torch.set_num_threads(config.training.torch_threads or max(1, int(config.cluster.cpus_per_worker)))
     runtime = RayRuntime(hub)
+    hub.arrived.remote(runtime.rank, ray.get_runtime_context().get_node_id(), own_group())
     try:
         outcome = train(config, runtime)
     except VaeganError as error:
-        # An explained failure: no retry mends it, so the next attempt ends before it begins.
+        # An explained failure: no retry mends it.
         message = f"rank {runtime.rank} on {socket.gethostname()}: {error}"
         ray.get(hub.fail.remote(Failure(message, error.exit_code)))
         raise
@@ -216,63 +280,3 @@ def _train_worker(arguments: dict[str, Any]) -> None:
             "path": path,
         }
         ray.get(hub.publish.remote(record))
-
-
-class _Watcher:
-    """Reads the hub in a thread and hands every record on; keeps the outcome."""
-
-    def __init__(self, hub: Any, on_record: OnRecord) -> None:
-        self.hub, self.on_record = hub, on_record
-        self.next = 0
-        self.ending = threading.Event()
-        self.last: Record | None = None
-        self.thread = threading.Thread(target=self._follow, name="hub-watcher", daemon=True)
-        self.thread.start()
-
-    def _follow(self) -> None:
-        while not self.ending.wait(POLL_SECONDS):
-            self._take()
-
-    def _take(self) -> None:
-        try:
-            records, self.next = ray.get(self.hub.take.remote(self.next), timeout=10)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return
-        for record in records:
-            if record.get("event") == "outcome":
-                self.last = record
-            else:
-                self.on_record(record)
-
-    def close(self) -> None:
-        """Read what is left."""
-        self.ending.set()
-        self.thread.join()
-        self._take()
-
-    def outcome(self) -> Outcome:
-        """How rank 0 ended."""
-        if self.last is None:
-            raise VaeganError("training ended, but rank 0 did not say how; see the log above")
-        path = self.last.get("path")
-        return Outcome(str(self.last["reason"]), int(self.last["images_seen"] or 0), Path(str(path)) if path else None)
-
-
-def _explain(error: Exception, hub: Any) -> VaeganError:
-    """The root cause first: an explained failure of a worker, else the first failing rank and its last line."""
-    try:
-        failure = ray.get(hub.why_failed.remote(), timeout=10)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        failure = None
-    if failure is not None:
-        kind = ConfigError if failure.exit_code == ConfigError.exit_code else VaeganError
-        return kind(failure.message)
-    failures = getattr(error, "worker_failures", None) or {}
-    if failures:
-        rank, cause = sorted(failures.items())[0]
-        last = str(cause).strip().splitlines()[-1] if str(cause).strip() else type(cause).__name__
-        return VaeganError(
-            f"rank {rank} of {len(failures)} failed: {last}; run the same command again to continue from the last "
-            f"checkpoint"
-        )
-    return VaeganError(f"Ray Train gave up: {str(error).strip().splitlines()[-1]}")

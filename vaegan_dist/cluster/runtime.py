@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -24,11 +25,26 @@ import torch.distributed as dist
 from vaegan_dist.cluster.signals import stop_signals
 from vaegan_dist.config import Config
 from vaegan_dist.errors import ConfigError, VaeganError
+from vaegan_dist.reporting.prometheus import Exporter
 from vaegan_dist.reporting.records import Record
+from vaegan_dist.reporting.snapshot import RankSnapshot
 from vaegan_dist.training.loop import Outcome, train
+from vaegan_dist.training.resume import run_folder
 
 OnRecord = Callable[[Record], None]
-Messages: TypeAlias = "mp.Queue[Record | Outcome | VaeganError]"
+Messages: TypeAlias = "mp.Queue[Record | RankSnapshot | Outcome | VaeganError]"
+
+
+def _ignore(snapshot: RankSnapshot) -> None:
+    """Nobody watches."""
+
+
+@dataclass(frozen=True)
+class Listener:
+    """Who hears what the ranks of this machine say."""
+
+    on_record: OnRecord
+    on_snapshot: Callable[[RankSnapshot], None] = _ignore
 
 
 @dataclass
@@ -38,13 +54,17 @@ class LocalRuntime:
     rank: int
     world_size: int
     device: torch.device
-    on_record: OnRecord
+    listener: Listener
     stop: threading.Event | Event
     leave: Callable[[VaeganError], None] | None = None
 
     def publish(self, record: Record) -> None:
         """Hand the record to the watcher."""
-        self.on_record(record)
+        self.listener.on_record(record)
+
+    def observe(self, snapshot: RankSnapshot) -> None:
+        """Hand the snapshot to the watcher."""
+        self.listener.on_snapshot(snapshot)
 
     def checkpointed(self, metrics: dict[str, float], checkpoint: Path) -> None:
         """The history already tells it."""
@@ -64,16 +84,36 @@ class LocalRuntime:
 def train_local(config: Config, on_record: OnRecord) -> Outcome:
     """Train without Ray and return how it ended.
 
-    Under torchrun this process is one rank of its group; else `cluster.workers` decides between this process and
-    that many processes on loopback.
+    Under torchrun this process is one rank of its group; else `cluster.workers` (the most of a range) decides between
+    this process and that many processes on loopback.
     """
     if "WORLD_SIZE" in os.environ and "RANK" in os.environ:
-        return _train_rank_of_torchrun(config, on_record)
-    if config.cluster.workers == 1:
-        stop = threading.Event()
-        with stop_signals(stop.set):
-            return train(config, _prepare_rank(config, 0, 1, 0, on_record, stop))
-    return _train_processes(config, on_record)
+        if int(os.environ["RANK"]):
+            return _train_rank_of_torchrun(config, Listener(on_record))
+        with _exported(config, on_record) as listener:
+            return _train_rank_of_torchrun(config, listener)
+    with _exported(config, on_record) as listener:
+        if config.cluster.most_workers == 1:
+            stop = threading.Event()
+            with stop_signals(stop.set):
+                return train(config, _prepare_rank(config, 0, 1, 0, listener, stop))
+        return _train_processes(config, listener)
+
+
+@contextmanager
+def _exported(config: Config, on_record: OnRecord) -> Iterator["Listener"]:
+    """A listener that also keeps the run's metrics, which are served meanwhile."""
+
+    def warn(message: str) -> None:
+        on_record({"event": "warning", "message": message})
+
+    with Exporter(config, run_folder(config), warn) as exporter:
+
+        def listen(record: Record) -> None:
+            exporter.record(record)
+            on_record(record)
+
+        yield Listener(listen, exporter.observe)
 
 
 def pick_device(config: Config, local_rank: int) -> torch.device:
@@ -91,23 +131,23 @@ def pick_device(config: Config, local_rank: int) -> torch.device:
 
 
 def _prepare_rank(
-    config: Config, rank: int, world_size: int, local_rank: int, on_record: OnRecord, stop: threading.Event | Event
+    config: Config, rank: int, world_size: int, local_rank: int, listener: Listener, stop: threading.Event | Event
 ) -> LocalRuntime:
     local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     threads = config.training.torch_threads or max(1, len(os.sched_getaffinity(0)) // local_ranks)
     torch.set_num_threads(threads)
-    return LocalRuntime(rank, world_size, pick_device(config, local_rank), on_record, stop)
+    return LocalRuntime(rank, world_size, pick_device(config, local_rank), listener, stop)
 
 
-def _train_rank_of_torchrun(config: Config, on_record: OnRecord) -> Outcome:
+def _train_rank_of_torchrun(config: Config, listener: Listener) -> Outcome:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if world_size != config.cluster.workers:
+    if world_size not in config.world_sizes:
         raise ConfigError(
             f"cluster.workers={config.cluster.workers}: torchrun started {world_size} processes; "
             f"set cluster.workers={world_size}"
         )
     stop = threading.Event()
-    runtime = _prepare_rank(config, rank, world_size, int(os.environ["LOCAL_RANK"]), on_record, stop)
+    runtime = _prepare_rank(config, rank, world_size, int(os.environ["LOCAL_RANK"]), listener, stop)
     _join_group(config, runtime.device, "env://", rank, world_size)
     try:
         with stop_signals(stop.set, quiet=rank != 0):
@@ -126,7 +166,7 @@ def _join_group(config: Config, device: torch.device, where: str, rank: int, wor
     )
 
 
-def _train_processes(config: Config, on_record: OnRecord) -> Outcome:
+def _train_processes(config: Config, listener: Listener) -> Outcome:
     """Start one process per rank, pass on what rank 0 publishes, and end all when one fails."""
     context = mp.get_context("spawn")
     messages: Messages = context.Queue()
@@ -134,13 +174,13 @@ def _train_processes(config: Config, on_record: OnRecord) -> Outcome:
     address = f"tcp://127.0.0.1:{_free_port()}"
     ranks = [
         context.Process(target=_rank_main, args=(config, rank, address, messages, stop), name=f"rank-{rank}")
-        for rank in range(config.cluster.workers)
+        for rank in range(config.cluster.most_workers)
     ]
     for process in ranks:
         process.start()
     try:
         with stop_signals(stop.set):
-            return _watch(ranks, _Mailbox(messages, on_record))
+            return _watch(ranks, _Mailbox(messages, listener))
     finally:
         for process in ranks:
             if process.is_alive():
@@ -153,7 +193,7 @@ class _Mailbox:
     """What the ranks' processes say: records, rank 0's outcome, the first failure."""
 
     messages: Messages
-    on_record: OnRecord
+    listener: Listener
     outcome: Outcome | None = None
     failure: VaeganError | None = None
 
@@ -168,8 +208,10 @@ class _Mailbox:
                 self.outcome = content
             elif isinstance(content, VaeganError):
                 self.failure = self.failure or content
+            elif isinstance(content, RankSnapshot):
+                self.listener.on_snapshot(content)
             else:
-                self.on_record(content)
+                self.listener.on_record(content)
 
 
 def _watch(ranks: list[Any], mailbox: _Mailbox) -> Outcome:
@@ -206,9 +248,9 @@ def _rank_main(config: Config, rank: int, address: str, messages: Messages, stop
     """Body of a rank's process."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what a Ctrl-C means
-    world_size = config.cluster.workers
+    world_size = config.cluster.most_workers
     try:
-        runtime = _prepare_rank(config, rank, world_size, rank, lambda record: messages.put(record), stop)
+        runtime = _prepare_rank(config, rank, world_size, rank, Listener(messages.put, messages.put), stop)
         runtime.leave = partial(_tell_and_leave, messages)
         _join_group(config, runtime.device, address, rank, world_size)
         outcome = train(config, runtime)

@@ -11,6 +11,7 @@ from vaegan_dist.commands.common import Counter, Subparsers
 from vaegan_dist.config_source import type_name
 from vaegan_dist.data.manifest import read_manifest
 from vaegan_dist.data.prepare import PrepareOptions, prepare
+from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import ConfigError
 
 
@@ -70,9 +71,10 @@ def add_index(subparsers: Subparsers) -> None:
     parser.add_argument(
         "shards",
         nargs="+",
-        help="paths with braces (shard-{000000..000146}.tar) or wildcards, or folders of .tar files",
+        help="paths or URLs (s3:// gs:// az:// https://) with braces (shard-{000000..000146}.tar) or wildcards, or "
+        "folders of .tar files; each shard behind a URL is fetched, looked at and deleted again",
     )
-    parser.add_argument("--folder", help="where dataset.json goes, the shards below it (default: the shards' folder)")
+    parser.add_argument("--folder", help="where dataset.json goes (default: the shards' folder)")
     parser.add_argument("--split", default="train", help="what the split is called (default: train)")
     parser.add_argument("--layout", choices=["auto", "files", "chunks"], default="auto", help="default: auto")
     parser.add_argument("--overwrite", action="store_true", help="replace a dataset.json that is there")
@@ -82,16 +84,15 @@ def add_index(subparsers: Subparsers) -> None:
 def index_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write a dataset.json for existing shards."""
     from vaegan_dist.data.existing import index_existing
+    from vaegan_dist.data.existing_remote import index_remote
 
-    path = index_existing(
-        options.shards,
-        folder=options.folder,
-        split=options.split,
-        layout=options.layout,
-        overwrite=options.overwrite,
-    )
-    manifest = read_manifest(path)
-    print(f"{path}: {manifest.samples} pictures in {len(manifest.shards)} shards")
+    settings = {name: getattr(options, name) for name in ("folder", "split", "layout", "overwrite")}
+    if is_remote(options.shards[0]):
+        place, manifest = index_remote(options.shards, **settings)
+    else:
+        place = str(index_existing(options.shards, **settings))
+        manifest = read_manifest(place)
+    print(f"{place}: {manifest.samples} pictures in {len(manifest.shards)} shards")
     return 0
 
 

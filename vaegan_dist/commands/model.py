@@ -1,4 +1,4 @@
-"""Commands for a trained model: sample, reconstruct."""
+"""Commands that draw pictures with a trained model: sample, reconstruct, interpolate, traverse."""
 
 import argparse
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ def add_sample(subparsers: Subparsers) -> None:
 def sample_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write a sheet of generated pictures."""
     from vaegan_dist.evaluation.pictures import grid, save_png
-    from vaegan_dist.use import generate
+    from vaegan_dist.use.model import generate
 
     if options.count < 1:
         raise ConfigError(f"--count={options.count}: give a number above 0")
@@ -49,11 +49,77 @@ def add_reconstruct(subparsers: Subparsers) -> None:
 def reconstruct_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Write a sheet of pictures above their reconstructions."""
     from vaegan_dist.evaluation.pictures import comparison, save_png
-    from vaegan_dist.use import reconstruct
+    from vaegan_dist.use.model import reconstruct
 
     if options.count < 1:
         raise ConfigError(f"--count={options.count}: give a number above 0")
     pairs = reconstruct(Path(options.model), options.weights, options.data, options.split, options.count)
     save_png(comparison(*pairs), Path(options.output))
+    print(options.output)
+    return 0
+
+
+def add_interpolate(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "interpolate",
+        help="show the ways between latents",
+        description="Decode the ways between latents of the prior, or between those of pictures.",
+    )
+    _add_model_options(parser, "interpolations.png")
+    parser.add_argument("--pictures", action="store_true", help="between pictures of a data set instead of noise")
+    parser.add_argument("--data", help="prepared data set (default: the run's own)")
+    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument("--rows", type=int, default=8, help="ways (default: 8)")
+    parser.add_argument("--steps", type=int, default=9, help="pictures of a way, with both ends (default: 9)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
+    parser.set_defaults(run=interpolate_command)
+
+
+def interpolate_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Write a sheet of interpolations."""
+    from vaegan_dist.evaluation.pictures import save_png
+    from vaegan_dist.use.assess import between_pictures, between_samples
+    from vaegan_dist.use.model import load, open_for
+
+    if options.rows < 1 or options.steps < 2:
+        raise ConfigError(f"--rows={options.rows} --steps={options.steps}: give at least 1 row of 2 steps")
+    model = load(options.model, weights=options.weights)
+    if options.pictures:
+        dataset = open_for(model, options.data, options.split)
+        originals = dataset.read(range(min(2 * options.rows, len(dataset)))).images
+        sheet = between_pictures(model, originals, options.steps)
+    else:
+        sheet = between_samples(model, options.rows, options.steps, options.seed)
+    save_png(sheet, Path(options.output))
+    print(options.output)
+    return 0
+
+
+def add_traverse(subparsers: Subparsers) -> None:
+    parser = subparsers.add_parser(
+        "traverse",
+        help="turn single units of a latent",
+        description="Encode a picture and decode it with single units of its latent going from -3 to 3.",
+    )
+    _add_model_options(parser, "traversals.png")
+    parser.add_argument("--data", help="prepared data set (default: the run's own)")
+    parser.add_argument("--split", default="train", help="its split (default: train)")
+    parser.add_argument("--picture", type=int, default=0, help="number of the picture in the data set (default: 0)")
+    parser.add_argument("--units", type=int, default=10, help="units, those with the largest KL (default: 10)")
+    parser.add_argument("--steps", type=int, default=9, help="pictures per unit (default: 9)")
+    parser.set_defaults(run=traverse_command)
+
+
+def traverse_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
+    """Write a sheet of traversals."""
+    from vaegan_dist.evaluation.pictures import save_png
+    from vaegan_dist.use.assess import turn_units
+    from vaegan_dist.use.model import load, open_for
+
+    if options.units < 1 or options.steps < 2:
+        raise ConfigError(f"--units={options.units} --steps={options.steps}: give at least 1 unit of 2 steps")
+    model = load(options.model, weights=options.weights)
+    original = open_for(model, options.data, options.split).read([options.picture]).images[0]
+    save_png(turn_units(model, original, None, options.units, options.steps), Path(options.output))
     print(options.output)
     return 0

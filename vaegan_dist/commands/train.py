@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vaegan_dist.commands.common import Subparsers
+from vaegan_dist.commands.describe import model_text
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml, load_config, preset_names, reference
 from vaegan_dist.errors import STOPPED
@@ -38,6 +39,7 @@ def add_train(subparsers: Subparsers) -> None:
     parser.add_argument("--data", help="short for data.path")
     parser.add_argument("--workers", help="short for cluster.workers")
     parser.add_argument("--seed", help="short for run.seed")
+    parser.add_argument("--profile", metavar="STEPS", help="short for reporting.profile_steps")
     parser.add_argument("--fresh", action="store_true", help="a new run; an error where one of that name stands")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, and exit")
     parser.set_defaults(run=train_command, takes_overrides=True)
@@ -54,7 +56,7 @@ def _configuration_help() -> str:
 def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Train, and say what was made and where."""
     from vaegan_dist.training.failure import Aftermath
-    from vaegan_dist.training.resume import refuse_existing, run_folder
+    from vaegan_dist.training.remote import refuse_standing
 
     config = load_config(options.preset, options.config, [*_short_forms(options), *overrides])
     if options.runtime == "ray":
@@ -69,7 +71,7 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
         print(_plan_text(config, describe(config)))
         return 0
     if options.fresh:
-        refuse_existing(run_folder(config))
+        refuse_standing(config)
     started = time.monotonic()
     progress = Progress(sys.stdout, total_images=config.total_images, run=config.run.name)
     with closing(progress), Aftermath(config, progress.update) as aftermath:
@@ -90,24 +92,20 @@ def _short_forms(options: argparse.Namespace) -> list[str]:
         "data": "data.path",
         "workers": "cluster.workers",
         "seed": "run.seed",
+        "profile": "reporting.profile_steps",
     }
     return [f"{key}={getattr(options, name)}" for name, key in keys.items() if getattr(options, name) is not None]
 
 
 def _plan_text(config: Config, plan: "Plan") -> str:
     """The plan of a run, for people."""
-    image = plan.image
+    image = plan.model.image
     lines = [
         f"data         {plan.samples} pictures of {image.width}x{image.height}x{image.channels} "
         f"in {plan.shards} shards",
         f"order        {plan.streams} streams, {_shares(config)} workers; {plan.steps_per_epoch} steps of "
         f"{config.training.batch_size} per epoch",
-        "parameters   " + ", ".join(f"{name} {count:,}" for name, count in plan.parameters.items()),
-    ]
-    lines += [
-        f"phase        {phase.name}: {phase.images:,} images in {phase.steps:,} steps, trains "
-        f"{', '.join(phase.trains)}, {phase.flops_per_image / 1e9:.4g} GFLOP per image"
-        for phase in plan.phases
+        model_text(plan.model),
     ]
     return "\n".join(lines)
 

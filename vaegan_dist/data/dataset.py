@@ -8,19 +8,19 @@ next good one of its shard: the same one on every rank, in every epoch, after ev
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from vaegan_dist.data.decode import Pixels, decode_into
+from vaegan_dist.data.batch import Batch, Ids
+from vaegan_dist.data.decode import Pixels, decode_into, read_encoded
 from vaegan_dist.data.images import PictureError
 from vaegan_dist.data.index import BAD_LABEL, LOST, NO_LABEL, PICTURE_KINDS, RAW
-from vaegan_dist.data.manifest import Manifest, find_manifest, read_manifest
+from vaegan_dist.data.manifest import Manifest, ShardInfo, find_manifest, read_manifest
 from vaegan_dist.data.memory import Decoded, load_decoded
 from vaegan_dist.data.shards import Shards
 from vaegan_dist.data.urls import CACHE_BYTES, is_remote, local_path
@@ -37,43 +37,26 @@ IN_MEMORY_BYTES = 512 * 2**20
 SHARDS_AHEAD = 8
 """Shards that are fetched ahead where samples are read in their own order"""
 
-Ids = Sequence[int] | npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures with their ids."""
-
-    images: Tensor
-    """uint8 [b, C, H, W], in channels-last memory order"""
-    ids: Tensor
-    """int64 [b]: places in the manifest; a substitute carries the id of what it stands for"""
-    labels: Tensor | None
-    """int64 [b]; None where the data set has no classes"""
-
-    @classmethod
-    def of(cls, pixels: Pixels, ids: npt.NDArray[np.int64], labels: npt.NDArray[np.int64] | None) -> "Batch":
-        """A batch around arrays, pixels `[b, H, W, C]`, without a copy."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
-        return cls(images, torch.from_numpy(ids), None if labels is None else torch.from_numpy(labels))
-
-    def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory, in the same memory order."""
-        pixels = self.images.permute(0, 2, 3, 1).pin_memory().permute(0, 3, 1, 2)
-        return Batch(pixels, self.ids.pin_memory(), None if self.labels is None else self.labels.pin_memory())
-
 
 class ShardDataset(torch.utils.data.Dataset[Batch]):
     """Random access to the pictures of a manifest's shards. Make it with `open_dataset`."""
 
     def __init__(
-        self, source: "Path | RemoteShards", manifest: Manifest, *, in_memory: bool | None, max_bad_samples: int
+        self,
+        source: "Path | RemoteShards",
+        manifest: Manifest,
+        *,
+        in_memory: bool | None,
+        max_bad_samples: int,
+        counted_elsewhere: bool = False,
     ) -> None:
-        self.source, self.manifest, self.max_bad_samples = source, manifest, max_bad_samples
+        self.source, self.manifest = source, manifest
+        self.max_bad_samples, self.counted_elsewhere = max_bad_samples, counted_elsewhere
         self.shard_samples = tuple(shard.samples for shard in manifest.shards)
         self._ends = np.cumsum(np.array(self.shard_samples, np.int64))
         self._shards = Shards(source, manifest, tolerant=max_bad_samples > 0)
         self._bad: dict[int, str] = {}
+        self._awaited: list[ShardInfo] = []
         self._decoded: Decoded | None = None
         size = manifest.samples * math.prod(self.picture_shape)
         if size < IN_MEMORY_BYTES if in_memory is None else in_memory:
@@ -119,10 +102,12 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
         for sample, cause in found.items():
             if sample in self._bad:
                 continue
-            if len(self._bad) >= self.max_bad_samples:
+            allowed = len(self) if self.counted_elsewhere and self.max_bad_samples else self.max_bad_samples
+            if len(self._bad) >= allowed:
                 raise DataError(self._over_budget(cause))
             self._bad[sample] = cause
-            log.warning("bad sample %d of %d allowed, replaced: %s", len(self._bad), self.max_bad_samples, cause)
+            if not self.counted_elsewhere:
+                log.warning("bad sample %d of %d allowed, replaced: %s", len(self._bad), allowed, cause)
 
     def after_fork(self) -> None:
         """Make a forked copy usable, whatever another thread of the parent was doing at that moment."""
@@ -133,16 +118,24 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
         """Whether reading fetches shards from elsewhere."""
         return self._decoded is None and self._shards.remote is not None
 
+    @property
+    def cache_counts(self) -> tuple[int, int, int]:
+        """Shards found in the node's cache, shards fetched, bytes fetched: by this process, so far."""
+        if self._shards.remote is None:
+            return 0, 0, 0
+        counts = self._shards.remote.counts
+        return counts.hits, counts.misses, counts.fetched_bytes
+
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch these shards, soonest needed first, as many as fit; nothing to do for a local data set."""
         if self.remote:
             self._shards.prefetch(shards)
 
-    def prefetch_from(self, sample: int) -> None:
-        """Begin to fetch the shards of this sample and of those after it."""
+    def prefetch_from(self, sample: int, end: int) -> None:
+        """Begin to fetch the shards of this sample and of those after it, up to sample `end`."""
         if self.remote:
-            first = int(np.searchsorted(self._ends, sample, side="right"))
-            self.prefetch(range(first, min(first + SHARDS_AHEAD, len(self.shard_samples))))
+            first, last = np.searchsorted(self._ends, (sample, end - 1), side="right").tolist()
+            self.prefetch(range(first, min(first + SHARDS_AHEAD, last + 1)))
 
     def stop_prefetch(self) -> None:
         """Forget what was to be fetched and has not begun."""
@@ -150,10 +143,11 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
             self._shards.remote.cancel()
 
     def share_cache(self, ranks: int, shards: Sequence[int]) -> None:
-        """Share the cache among so many ranks; say so if `shards`, read at the same time, do not fit one's part."""
+        """Share the cache among so many ranks; say so if `shards`, read first, do not fit one's part together."""
         if self._shards.remote is None:
             return
         self._shards.remote.ranks = ranks
+        self._awaited = self._shards.fitting(shards)
         needed, share = sum(self.manifest.shards[number].bytes for number in set(shards)), self._shards.remote.share
         if needed > share:
             log.warning(
@@ -164,6 +158,16 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
                 needed,
                 share,
             )
+
+    def fetching(self, seconds: float) -> bool:
+        """Whether shards that the first batches need are still on their way, after waiting for so long at most.
+
+        Raises:
+            InputError, DataError: one of them cannot be had.
+        """
+        if self._shards.remote is not None:
+            self._awaited = self._shards.remote.still_fetching(self._awaited, seconds)
+        return bool(self._awaited)
 
     def fetch_for(self, ids: Ids) -> None:
         """Have the shards of these samples on this node, now."""
@@ -231,7 +235,7 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
         if kind == RAW:
             file.read_into(row.data.cast("B"), int(index.offset[place]))
         else:
-            decode_into(file.read(int(index.size[place]), int(index.offset[place])), kind, row)
+            decode_into(read_encoded(file, int(index.offset[place]), int(index.size[place])), kind, row)
         return label
 
     def _label(self, label: int) -> int:
@@ -289,6 +293,7 @@ def open_dataset(
     *,
     in_memory: bool | None = None,
     max_bad_samples: int = 0,
+    counted_elsewhere: bool = False,
     cache_dir: str | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> ShardDataset:
@@ -299,6 +304,8 @@ def open_dataset(
         split: train, validation, …
         in_memory: hold the decoded pictures in memory, shared by the node's processes; None: if below 512 MiB.
         max_bad_samples: bad samples that may be replaced; with more the run ends.
+        counted_elsewhere: replace bad samples without counting (unless none is allowed): `BadSamples` counts those of
+            all ranks together.
         cache_dir: folder for fetched shards; default: `shards` in this user's cache folder.
         cache_bytes: most bytes of fetched shards that are kept.
 
@@ -306,11 +313,14 @@ def open_dataset(
         InputError: no data set, no access, or a shard is missing.
         DataError: a shard is not what the manifest says, or (in memory) has more bad samples than may be replaced.
     """
+    made = partial(
+        ShardDataset, in_memory=in_memory, max_bad_samples=max_bad_samples, counted_elsewhere=counted_elsewhere
+    )
     if is_remote(path):
         from vaegan_dist.data.store import RemoteShards  # the object stores' client: only who needs it loads it
 
         cache = None if cache_dir is None else Path(cache_dir).expanduser()
         remote = RemoteShards(path, split, cache=cache, cache_bytes=cache_bytes)
-        return ShardDataset(remote, remote.manifest, in_memory=in_memory, max_bad_samples=max_bad_samples)
+        return made(remote, remote.manifest)
     place = find_manifest(local_path(path), split)
-    return ShardDataset(place.parent, read_manifest(place), in_memory=in_memory, max_bad_samples=max_bad_samples)
+    return made(place.parent, read_manifest(place))

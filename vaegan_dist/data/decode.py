@@ -11,8 +11,10 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image
 
-from vaegan_dist.data.images import PictureError
-from vaegan_dist.data.index import PICTURE_KINDS, npy_header
+from vaegan_dist.data.images import MAX_ENCODED_BYTES, PictureError
+from vaegan_dist.data.index import PICTURE_KINDS
+from vaegan_dist.data.npy import npy_header
+from vaegan_dist.data.tar import ShardFile
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -21,6 +23,13 @@ _NPY = PICTURE_KINDS.index("npy")
 _PILLOW_FORMATS = ("PNG", "WEBP", "BMP", "TIFF")
 _COLOURS = {1: ("GRAY", "L"), 3: ("RGB", "RGB")}
 _OPAQUE = frozenset(("1", "L", "RGB", "P"))
+
+
+def read_encoded(file: ShardFile, offset: int, size: int) -> bytes:
+    """An encoded picture's bytes. Raises PictureError before reading more than any picture needs."""
+    if size > MAX_ENCODED_BYTES:
+        raise PictureError(f"{size} bytes encoded, the limit is {MAX_ENCODED_BYTES}")
+    return file.read(size, offset)
 
 
 def decode_into(data: bytes, kind: int, row: Pixels) -> None:

@@ -15,17 +15,18 @@ import simplejpeg
 from braceexpand import braceexpand
 from PIL import Image
 
+from vaegan_dist.data.decode import read_encoded
 from vaegan_dist.data.images import is_grey
-from vaegan_dist.data.index import BAD_LABEL, NO_LABEL, PICTURE_KINDS, ShardIndex, index_shard, npy_header, shard_keys
-from vaegan_dist.data.manifest import MANIFEST_NAME, Layout, Manifest, ShardInfo, file_sha256, write_manifest
+from vaegan_dist.data.index import BAD_LABEL, NO_LABEL, PICTURE_KINDS, ShardIndex, index_shard, shard_keys
+from vaegan_dist.data.manifest import MANIFEST_NAME, MAX_SHARDS, Layout, Manifest, ShardInfo, write_manifest
+from vaegan_dist.data.npy import npy_header
 from vaegan_dist.data.tar import ShardFile
 from vaegan_dist.errors import DataError, InputError
-
-MAX_SHARDS = 1_000_000
+from vaegan_dist.files import file_sha256
 
 
 @dataclass(frozen=True)
-class _Seen:
+class Seen:
     """What one shard was found to hold."""
 
     info: ShardInfo
@@ -62,16 +63,21 @@ def index_existing(
     if (root / MANIFEST_NAME).exists() and not overwrite:
         raise InputError(f"{root / MANIFEST_NAME}: is there already; use --overwrite, or another folder")
     names = [path.relative_to(root).as_posix() for path in paths]
-    chosen = _layout(paths[0], names[0]) if layout == "auto" else layout
+    chosen = layout_of(paths[0], names[0]) if layout == "auto" else layout
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "index") as pool:
-        seen = list(pool.map(lambda item: _look(item[0], item[1], chosen), zip(paths, names, strict=True)))
+        seen = list(pool.map(lambda item: look(item[0], item[1], chosen), zip(paths, names, strict=True)))
+    return write_manifest(root, manifest_of(seen, split, classes))
+
+
+def manifest_of(seen: list[Seen], split: str, classes: Sequence[str] | None) -> Manifest:
+    """The manifest of shards that were looked at."""
     height, width, channels = _shape(seen)
     notes: Counter[str] = Counter()
     for shard in seen:
         notes.update(shard.index.notes)
-    manifest = Manifest(
+    return Manifest(
         split=split,
-        layout=chosen,
+        layout="files" if seen[0].index.shape is None else "chunks",
         height=height,
         width=width,
         channels=channels,
@@ -79,7 +85,6 @@ def index_existing(
         shards=tuple(shard.info for shard in seen),
         created={"by": "index", "passed_over": dict(sorted(notes.items()))},
     )
-    return write_manifest(root, manifest)
 
 
 def _expand(urls: Sequence[str]) -> list[Path]:
@@ -88,7 +93,7 @@ def _expand(urls: Sequence[str]) -> list[Path]:
     for url in urls:
         local = url.removeprefix("file://")
         if "://" in local or local.startswith("pipe:"):
-            raise InputError(f"{url}: shards are indexed where they can be read as files; mount or copy them first")
+            raise InputError(f"{url}: not a path; URLs are indexed apart, and `pipe:` runs what it says")
         for pattern in braceexpand(local):
             for path in _matches(pattern, url):
                 paths[path] = None
@@ -122,7 +127,7 @@ def _root(paths: list[Path], folder: str | Path | None) -> Path:
     return root
 
 
-def _layout(path: Path, name: str) -> Layout:
+def layout_of(path: Path, name: str) -> Layout:
     """Chunks, if the first shard has samples with an images.npy."""
     try:
         return "chunks" if index_shard(path, name, "chunks").samples else "files"
@@ -130,28 +135,34 @@ def _layout(path: Path, name: str) -> Layout:
         return "files"  # if it is damaged rather than of another layout, the walk that follows says so
 
 
-def _look(path: Path, name: str, layout: Layout) -> _Seen:
+def look(path: Path, name: str, layout: Layout) -> Seen:
+    """Walk and hash one shard.
+
+    Raises:
+        InputError: it holds no pictures.
+        DataError: it is damaged.
+    """
     index = index_shard(path, name, layout)
     if not index.samples:
         passed = ", ".join(f"{count} {what}" for what, count in index.notes.items()) or "nothing"
         raise InputError(f"{path}: holds no pictures (passed over: {passed}); leave it out")
     info = ShardInfo(name=name, samples=index.samples, bytes=path.stat().st_size, sha256=file_sha256(path))
     if index.shape is not None:
-        return _Seen(info, index, {index.shape: name})
+        return Seen(info, index, {index.shape: name})
     keys = shard_keys(path, name, layout)
     shapes: dict[tuple[int, int, int], str] = {}
     with ShardFile(path, name) as shard:
         for number in range(index.samples):
             kind = PICTURE_KINDS[index.kind[number]]
             shape = _header(shard, int(index.offset[number]), int(index.size[number]), kind, keys[number])
-            shapes.setdefault(shape, f"{name}:{keys[number]}.{kind}")
-    return _Seen(info, index, shapes)
+            shapes.setdefault(shape, f"{name}: member {f'{keys[number]}.{kind}'!r}")
+    return Seen(info, index, shapes)
 
 
 def _header(shard: ShardFile, offset: int, size: int, kind: str, key: str) -> tuple[int, int, int]:
     """Height, width and channels that a picture's header states."""
-    data = shard.read(size, offset)
     try:
+        data = read_encoded(shard, offset, size)
         if kind in ("jpg", "jpeg"):
             height, width, colour, _ = simplejpeg.decode_jpeg_header(data)
             return height, width, 1 if colour == "Gray" else 3
@@ -160,12 +171,14 @@ def _header(shard: ShardFile, offset: int, size: int, kind: str, key: str) -> tu
             return (*shape, 1) if len(shape) == 2 else shape  # type: ignore[return-value]
         image = Image.open(io.BytesIO(data), formats=("PNG", "WEBP", "BMP", "TIFF"))
         return image.height, image.width, 1 if is_grey(image) else 3
+    except DataError:
+        raise
     except Exception as error:  # header parsers raise anything on damaged data
         cause = " ".join(str(error).split())[:120]
         raise shard.error(offset, f"not a picture ({cause})", "repair or remove it", f"{key}.{kind}") from None
 
 
-def _shape(seen: list[_Seen]) -> tuple[int, int, Literal[1, 3]]:
+def _shape(seen: list[Seen]) -> tuple[int, int, Literal[1, 3]]:
     """The one size of all pictures; grey beside colour is colour."""
     shapes: dict[tuple[int, int, int], str] = {}
     for shard in seen:
@@ -185,7 +198,7 @@ def _shape(seen: list[_Seen]) -> tuple[int, int, Literal[1, 3]]:
     return height, width, 1 if channels == {1} else 3
 
 
-def _classes(seen: list[_Seen], names: Sequence[str] | None) -> tuple[str, ...] | None:
+def _classes(seen: list[Seen], names: Sequence[str] | None) -> tuple[str, ...] | None:
     labels = np.concatenate([shard.index.label for shard in seen])
     if (labels == NO_LABEL).all():
         if names is not None:

@@ -6,7 +6,6 @@ key may lie apart. A second member of the same name, a second picture of one key
 error: whoever packed the shard meant something that cannot be known here.
 """
 
-import io
 import json
 import math
 from collections import Counter
@@ -18,7 +17,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from vaegan_dist.data.manifest import Layout
+from vaegan_dist.data.manifest import MAX_SHARD_SAMPLES, Layout
+from vaegan_dist.data.npy import npy_header
 from vaegan_dist.data.tar import Member, ShardFile, walk
 from vaegan_dist.errors import DataError
 
@@ -153,7 +153,7 @@ def _members(file: ShardFile, notes: Notes, faults: list[str] | None) -> Iterato
         elif not extension or (key.rpartition("/")[2].startswith("__") and key.endswith("__")):
             notes.add("no extension" if not extension else "webdataset's own")
         elif extension not in MEMBER_KINDS:
-            notes.add(f".{extension[:16]}")
+            notes.add("." + extension[:16].encode("unicode_escape").decode())
         elif (name := f"{key}.{extension}") in seen:
             cause = f"the same name as the member at byte {seen[name]}"
             raise file.error(member.header, cause, "keep one of them", member.name)
@@ -182,10 +182,16 @@ def _pictures(
                 )
             kind = PICTURE_KINDS.index(extension)
             pictures[key] = _Picture(key, member.header, member.offset, member.size, kind)
+            _bound(file, member, len(pictures))
     for key, member in places.items():
         if key not in pictures and not faults:  # where the walk broke off, the picture may just not have been reached
             raise file.error(member.header, "a label without a picture", "remove it or add the picture", member.name)
     return [(picture, labels.get(key, NO_LABEL)) for key, picture in pictures.items()]
+
+
+def _bound(file: ShardFile, member: Member, samples: int) -> None:
+    if samples > MAX_SHARD_SAMPLES:
+        raise file.error(member.header, f"more than {MAX_SHARD_SAMPLES} samples in one shard", "split it", member.name)
 
 
 def _label(file: ShardFile, member: Member) -> int:
@@ -214,13 +220,15 @@ def _chunks(file: ShardFile, members: Iterable[tuple[str, str, Member]]) -> list
     for key, extension, member in members:
         if extension in CHUNK_KINDS:
             groups.setdefault(key, {})[extension] = member
-    chunks = []
+    chunks, total = [], 0
     for key, group in groups.items():
         if "images.npy" not in group:
             first = next(iter(group.values()))
             raise file.error(first.header, "a chunk without images.npy", "remove it or add it", first.name)
         member = group["images.npy"]
         shape, offset = _npy(file, member, np.dtype(np.uint8), 4)
+        total += shape[0]
+        _bound(file, member, total)
         labels = None
         if "labels.npy" in group:
             (count,), at = _npy(file, group["labels.npy"], np.dtype(np.int64), 1)
@@ -241,31 +249,6 @@ def _npy(file: ShardFile, member: Member, dtype: np.dtype[np.generic], ndim: int
     except ValueError as error:
         raise file.error(member.header, str(error), member=member.name) from None
     return shape, member.offset + begin
-
-
-def npy_header(head: bytes, size: int, dtype: np.dtype[np.generic], ndim: int | None) -> tuple[tuple[int, ...], int]:
-    """Shape of a `.npy` file from its first bytes, and where its data begins.
-
-    Raises:
-        ValueError: not `.npy`, another type or order, or another length than shape and `size` say. Never unpickles.
-    """
-    stream = io.BytesIO(head)
-    try:
-        version = np.lib.format.read_magic(stream)
-        if version not in ((1, 0), (2, 0)):
-            raise ValueError(f"version {version}")
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, found = read(stream)
-    except Exception as error:  # NumPy raises anything on a damaged header, tokenize.TokenError among it
-        raise ValueError(f"not a .npy array ({' '.join(str(error).split())[:100]})") from None
-    if found != dtype or fortran:
-        raise ValueError(f"a .npy array of type {found}{', Fortran order' if fortran else ''}; {dtype} is read")
-    if ndim is not None and len(shape) != ndim:
-        raise ValueError(f"a .npy array of shape {shape}; {ndim} dimensions are read")
-    expected = stream.tell() + math.prod(shape) * dtype.itemsize
-    if expected != size:
-        raise ValueError(f"a .npy array of shape {shape} takes {expected} bytes, the member has {size}")
-    return tuple(int(n) for n in shape), stream.tell()
 
 
 def _index_chunks(file: ShardFile, chunks: list[_Chunk], notes: Notes, faults: list[str]) -> ShardIndex:

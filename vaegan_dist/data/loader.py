@@ -3,6 +3,7 @@
 Nothing that is read ahead is state: the position is (epoch, images consumed), and the order is a function of it.
 """
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
@@ -16,15 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vaegan_dist.data.dataset import Batch, Ids, ShardDataset
-from vaegan_dist.data.order import WINDOW_STEPS, EpochOrder
+from vaegan_dist.data.batch import Batch, Ids
+from vaegan_dist.data.dataset import ShardDataset
+from vaegan_dist.data.order import WINDOW_STEPS, EpochOrder, Remainder
 from vaegan_dist.data.processes import read_in_processes
 from vaegan_dist.errors import InputError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-VALIDATION_PREFETCH = 2
+EVALUATION_PREFETCH = 2
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,13 @@ def train_batches(
     loader_workers: int,
     prefetch: int,
     pin_memory: bool = False,
+    remainder: Remainder = "drop",
 ) -> Generator[tuple[Position, Batch], None, None]:
     """This rank's rows of every global batch from `position` on, without end.
 
     Args:
         dataset: what to read.
-        seed, streams, batch_size, block_shards: of the order; `batch_size` is over all ranks.
+        seed, streams, batch_size, block_shards, remainder: of the order; `batch_size` is over all ranks.
         position: what is consumed already.
         rank, world_size: whose rows.
         loader_workers: reader processes; 0 reads in a thread.
@@ -75,7 +78,7 @@ def train_batches(
         )
 
     def order(epoch: int) -> EpochOrder:
-        return EpochOrder(dataset.shard_samples, seed, epoch, streams, batch_size, block_shards)
+        return EpochOrder(dataset.shard_samples, seed, epoch, streams, batch_size, block_shards, remainder)
 
     def walk() -> Iterator[tuple[Position, Ids]]:
         first = position.consumed // batch_size
@@ -101,29 +104,49 @@ def train_batches(
     return _run(dataset, walk(), loader_workers, prefetch, pin_memory)
 
 
-def validation_batches(
-    dataset: ShardDataset, *, batch_size: int, rank: int, world_size: int
+def evaluation_batches(
+    dataset: ShardDataset, batch_size: int, rank: int = 0, world_size: int = 1, limit: int | None = None
 ) -> Generator[tuple[Batch, Tensor], None, None]:
-    """Every sample once over all ranks, in manifest order, in equally many batches of one size on every rank.
+    """Every sample of a split once over all ranks, in equally many batches of one size on every rank.
+
+    A rank reads a run of neighbours in the manifest, so that it needs few shards. Rows that only fill up a batch are
+    masked out; all that is left, over all ranks, is each sample once, so that sums over it do not depend on
+    `world_size`. `prepare` has shuffled what it wrote: the first `limit` samples are as good as any.
 
     Args:
-        dataset: what to read.
+        dataset: what to read; `open_dataset(path, split=..., cache_dir=..., cache_bytes=...)`.
         batch_size: images per batch over all ranks (rounded up to a multiple of `world_size`).
-        rank, world_size: whose rows.
+        rank, world_size: whose part.
+        limit: only the first so many samples of the manifest; None: all.
 
     Yields:
-        The batch, and bool [b]: False where a row only fills up the last batch (it repeats the last sample).
+        The batch (uint8 images [b, C, H, W], ids [b], labels [b] where the shards have classes), and a mask, bool [b]:
+        False where a row only fills up the batch (it repeats another sample).
+
+    Raises:
+        InputError: a limit below 1.
+        DataError: what reading raises.
     """
+    if limit is not None and limit < 1:
+        raise InputError(f"limit={limit}: at least one sample must be read")
+    total = len(dataset) if limit is None else min(limit, len(dataset))
     rows = -(-batch_size // world_size)
-    total = len(dataset)
+    begin, end = total * rank // world_size, total * (rank + 1) // world_size
+    steps = math.ceil(math.ceil(total / world_size) / rows)  # of the rank with most samples
+    return _evaluation(dataset, begin, end, rows, steps)
 
+
+def _evaluation(
+    dataset: ShardDataset, begin: int, end: int, rows: int, steps: int
+) -> Generator[tuple[Batch, Tensor], None, None]:
     def walk() -> Iterator[tuple[Tensor, Ids]]:
-        for first in range(0, total, rows * world_size):
-            dataset.prefetch_from(first)
-            ids = first + rank * rows + np.arange(rows, dtype=np.int64)
-            yield torch.from_numpy(ids < total), np.minimum(ids, total - 1)
+        for step in range(steps):
+            ids = begin + step * rows + np.arange(rows, dtype=np.int64)
+            if ids[0] < end:
+                dataset.prefetch_from(int(ids[0]), end)
+            yield torch.from_numpy(ids < end), np.minimum(ids, max(begin, end - 1))
 
-    with closing(_threaded(walk(), dataset.read, VALIDATION_PREFETCH)) as batches:
+    with closing(_threaded(walk(), dataset.read, EVALUATION_PREFETCH)) as batches:
         for mask, batch in batches:
             yield batch, mask
 

@@ -1,12 +1,11 @@
 """dataset.json: what a data set consists of. Written last and atomically, so that its presence means "complete"."""
 
-import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from vaegan_dist.errors import InputError
 from vaegan_dist.files import write_whole
@@ -15,6 +14,10 @@ MANIFEST_NAME = "dataset.json"
 FORMAT_VERSION: Final = 1
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_SIDE = 16_384
+MAX_SHARDS = 1_000_000
+MAX_SHARD_BYTES = 2**42
+MAX_SHARD_SAMPLES = 2**24
+MEMBER_BYTES = 512
 
 Layout = Literal["files", "chunks"]
 
@@ -30,9 +33,9 @@ class ShardInfo(_Frozen):
 
     name: Annotated[str, Field(min_length=1, max_length=1024)]
     """path relative to dataset.json, with '/' between its parts; always below it"""
-    samples: Annotated[int, Field(ge=0)]
+    samples: Annotated[int, Field(ge=0, le=MAX_SHARD_SAMPLES)]
     """pictures in the shard (in the layout `chunks` more than members)"""
-    bytes: Annotated[int, Field(ge=0)]
+    bytes: Annotated[int, Field(ge=0, le=MAX_SHARD_BYTES)]
     """size of the file"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """hash of the file"""
@@ -64,7 +67,7 @@ class Manifest(_Frozen):
     """1 grey, 3 RGB"""
     classes: tuple[str, ...] | None = None
     """names of the classes, by label; None when the pictures have no labels"""
-    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1)]
+    shards: Annotated[tuple[ShardInfo, ...], Field(min_length=1, max_length=MAX_SHARDS)]
     """the shards, in the order of the sample list"""
     created: dict[str, Any] = {}
     """how it was made: options, source, tool version, broken pictures; informative only"""
@@ -78,6 +81,15 @@ class Manifest(_Frozen):
                 raise ValueError(f"shard {shard.name!r} is listed twice")
             seen.add(shard.name)
         return shards
+
+    @model_validator(mode="after")
+    def _shards_hold_their_samples(self) -> Self:
+        """A shard is no smaller than its members' headers, or its pixels: an absurd count is refused here already."""
+        least = MEMBER_BYTES if self.layout == "files" else self.height * self.width * self.channels
+        for shard in self.shards:
+            if shard.samples * least > shard.bytes:
+                raise ValueError(f"shard {shard.name}: {shard.samples} samples cannot lie in {shard.bytes} bytes")
+        return self
 
     @property
     def samples(self) -> int:
@@ -141,18 +153,17 @@ def parse_manifest(text: bytes, name: str) -> Manifest:
         key = ".".join(map(str, first["loc"]))
         value = repr(first["input"])
         value = value if len(value) <= 80 else value[:77] + "..."
-        raise InputError(f"{name}: {key}={value}: {first['msg']}; run `vaegan-dist prepare` again") from None
+        where = f"{key}={value}: " if key else ""
+        raise InputError(f"{name}: {where}{first['msg']}; run `vaegan-dist prepare` again") from None
 
 
 def write_manifest(folder: str | Path, manifest: Manifest) -> Path:
     """Write FOLDER/dataset.json whole or not at all; call it last."""
-    text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
     path = Path(folder) / MANIFEST_NAME
-    write_whole(path, text.encode())
+    write_whole(path, manifest_bytes(manifest))
     return path
 
 
-def file_sha256(path: Path) -> str:
-    """The hash of a file as a manifest states it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """What a dataset.json holds."""
+    return (json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n").encode()

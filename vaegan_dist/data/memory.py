@@ -72,7 +72,7 @@ def load_decoded(dataset: "ShardDataset", manifest: Manifest, modified: Sequence
 def _parts(dataset: "ShardDataset") -> Iterator[tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]]:
     """All samples in order, some thousand at a time: pixels [n, H, W, C] and labels."""
     for first in range(0, len(dataset), PART):
-        dataset.prefetch_from(first)
+        dataset.prefetch_from(first, len(dataset))
         batch = dataset.read(np.arange(first, min(first + PART, len(dataset))))
         yield batch.images.permute(0, 2, 3, 1).numpy(), None if batch.labels is None else batch.labels.numpy()
 

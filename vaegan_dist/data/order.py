@@ -10,6 +10,8 @@ another, so that a rank opens few shards at a time and never another rank's. Lit
 inside a stream alone would tie them: with 2 shards and 64 streams a sample came back to the stream it was in the epoch
 before in half of all epochs, and its 78 neighbours with it; shuffled before the cut, in 1 of 64.
 
+What does not fill the last batch is left out (`drop`), or that batch is filled: every stream begins once more (`pad`).
+
 Only (epoch, images consumed) has to be saved to continue, with any number of ranks that divides `streams`.
 """
 
@@ -17,7 +19,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +28,7 @@ from vaegan_dist.errors import ConfigError, InputError
 from vaegan_dist.seeding import derive_seed
 
 Ids = npt.NDArray[np.int64]
+Remainder = Literal["drop", "pad"]
 
 WINDOW_STEPS = 32
 """Steps that are laid out at once: spreads the cost of visiting every stream."""
@@ -64,9 +67,13 @@ class _Layout(NamedTuple):
 class EpochOrder:
     """The batches of one epoch. Cheap to make: blocks are evaluated when a batch first touches them.
 
+    Args:
+        remainder: of an epoch, less than one batch: `drop` leaves it out; `pad` fills the last batch, each stream from
+            its own beginning, so that a sample comes once or, there, once more.
+
     Raises:
         ConfigError: `streams` does not divide `batch_size`.
-        InputError: not even one batch (on `steps`).
+        InputError: not even one batch, or one sample for each stream (on `steps`).
     """
 
     shard_samples: Sequence[int]
@@ -75,6 +82,7 @@ class EpochOrder:
     streams: int
     batch_size: int
     block_shards: int
+    remainder: Remainder = "drop"
 
     def __post_init__(self) -> None:
         if self.streams < 1 or self.batch_size < 1 or self.batch_size % self.streams:
@@ -85,14 +93,21 @@ class EpochOrder:
 
     @property
     def steps(self) -> int:
-        """Whole global batches in the epoch: the same on every rank; the rest (less than one batch) is left out."""
-        steps = self._layout.samples // self.batch_size
-        if steps == 0:
+        """Global batches in the epoch: the same on every rank. The rest (less than one batch) is left out or filled."""
+        samples = self._layout.samples
+        if self.remainder == "pad":
+            if samples < self.streams:
+                raise InputError(
+                    f"the data set has {samples} samples, less than one for each of data.streams={self.streams}; set "
+                    f"data.streams to {samples} or less, or add data"
+                )
+            return -(-samples // self.batch_size)
+        if samples < self.batch_size:
             raise InputError(
-                f"the data set has {self._layout.samples} samples, less than one batch of training.batch_size="
-                f"{self.batch_size}; set training.batch_size to {self._layout.samples} or less, or add data"
+                f"the data set has {samples} samples, less than one batch of training.batch_size="
+                f"{self.batch_size}; set training.batch_size to {samples} or less, or add data"
             )
-        return steps
+        return samples // self.batch_size
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Ids:
         """Sample ids of this rank's rows of global batch `step`, stream after stream; int64 [batch_size/world_size].
@@ -127,6 +142,9 @@ class EpochOrder:
         while (running := blocks <= last).any():
             yield [shard for block in np.unique(blocks[running]).tolist() for shard in self._block_shards(block)]
             blocks += 1
+        if self.remainder == "pad":  # the last batch begins the streams once more
+            again = np.searchsorted(layout.block_ends, layout.stream_ends[rank * own : (rank + 1) * own], side="right")
+            yield [shard for block in np.unique(again - 1).tolist() for shard in self._block_shards(block)]
 
     def _block_shards(self, block: int) -> list[int]:
         layout = self._layout
@@ -169,10 +187,20 @@ class EpochOrder:
         return _Layout(samples, shards, starts[shards], ends, stream_ends, _block_ends(stream_ends, blocks))
 
     def _rows(self, stream: int, start: int, count: int) -> Ids:
-        """`count` samples of a stream from its row `start` on, out of one block or of several."""
+        """`count` samples of a stream from its row `start` on; at its end it begins once more."""
+        begin, end = self._layout.stream_ends[stream : stream + 2].tolist()
+        parts = []
+        while count:
+            start %= end - begin
+            some = min(count, end - begin - start)
+            parts.append(self._stretch(begin + start, begin + start + some))
+            start, count = start + some, count - some
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _stretch(self, position: int, end: int) -> Ids:
+        """Samples at these places of the epoch, out of one block or of several."""
         layout = self._layout
-        position = int(layout.stream_ends[stream]) + start
-        end, parts = position + count, []
+        parts = []
         while position < end:
             block = int(np.searchsorted(layout.block_ends, position, side="right")) - 1
             first, last = int(layout.block_ends[block]), int(layout.block_ends[block + 1])

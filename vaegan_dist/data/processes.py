@@ -22,8 +22,9 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from vaegan_dist.data.batch import Batch, Ids
 from vaegan_dist.data.cache import NotFetchedError
-from vaegan_dist.data.dataset import Batch, Ids, ShardDataset
+from vaegan_dist.data.dataset import ShardDataset
 from vaegan_dist.errors import DataError, VaeganError
 
 Item = TypeVar("Item")

@@ -19,7 +19,7 @@ def refusal(what: str, error: Exception) -> InputError | None:
     if isinstance(error, FileNotFoundError):
         return InputError(f"{what}: is not there (404); check the URL, and that the whole data set was uploaded")
     if isinstance(error, PermissionDeniedError):
-        return InputError(f"{what}: access denied (403); check that the credentials may read it")
+        return InputError(f"{what}: access denied (403); check that the credentials allow it")
     if isinstance(error, UnauthenticatedError):
         return InputError(f"{what}: credentials missing or wrong (401); set the cloud SDK's variables")
     if _CREDENTIALS.search(str(error)):

@@ -13,9 +13,9 @@ from typing import Any, Self
 import numpy as np
 
 from vaegan_dist.data.images import Pixels
-from vaegan_dist.data.manifest import Layout, ShardInfo, file_sha256
+from vaegan_dist.data.manifest import Layout, ShardInfo
 from vaegan_dist.errors import InputError
-from vaegan_dist.files import sync_folder
+from vaegan_dist.files import file_sha256, sync_folder
 
 CHUNK = 256
 JOURNAL_NAME = ".prepare.jsonl"

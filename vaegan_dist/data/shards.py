@@ -3,6 +3,7 @@
 import hashlib
 import logging
 import os
+import stat
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -72,9 +73,12 @@ class Shards:
 
     def prefetch(self, shards: Iterable[int]) -> None:
         """Begin to fetch remote shards, soonest needed first, as many as this process's share of the cache holds."""
-        if self.remote is None:
-            return
-        left = self.remote.share
+        if self.remote is not None:
+            self.remote.prefetch(self.fitting(shards))
+
+    def fitting(self, shards: Iterable[int]) -> list[ShardInfo]:
+        """The first of these remote shards, as many as this process's share of the cache holds."""
+        left = 0 if self.remote is None else self.remote.share
         chosen: dict[int, ShardInfo] = {}
         for number in shards:
             if number in chosen:
@@ -85,7 +89,7 @@ class Shards:
             chosen[number] = self.manifest.shards[number]
             if len(chosen) == len(self.manifest.shards):
                 break
-        self.remote.prefetch(chosen.values())
+        return list(chosen.values())
 
     def fetch(self, numbers: Iterable[int]) -> None:
         """Have shards on this node, now."""
@@ -158,6 +162,8 @@ class Shards:
             raise InputError(
                 f"shard {info.name}: cannot be found at {path} ({error.strerror}); restore it or prepare the data again"
             ) from None
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"shard {info.name}: {path} is not a regular file; restore it or prepare the data again")
         if status.st_size != info.bytes:
             self._suspect(info, f"has {status.st_size} bytes, dataset.json says {info.bytes}: it was cut or changed")
         return status.st_mtime_ns

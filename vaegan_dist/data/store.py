@@ -11,34 +11,33 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import obstore
-from obstore.exceptions import BaseError, NotSupportedError
-from obstore.store import from_url
 
 from vaegan_dist.data.cache import CACHE_VARIABLE, NotFetchedError, cache_folder, locked
-from vaegan_dist.data.manifest import (
-    MANIFEST_NAME,
-    MAX_MANIFEST_BYTES,
-    Manifest,
-    ShardInfo,
-    file_sha256,
-    parse_manifest,
-)
-from vaegan_dist.data.refusals import failure, refusal
-from vaegan_dist.data.urls import CACHE_BYTES, checked_url, client_options
-from vaegan_dist.errors import DataError, InputError, VaeganError
+from vaegan_dist.data.manifest import MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, ShardInfo, parse_manifest
+from vaegan_dist.data.transfer import ATTEMPTS, Transfer
+from vaegan_dist.data.urls import CACHE_BYTES
+from vaegan_dist.errors import DataError, InputError
+from vaegan_dist.files import file_sha256
 
 FETCHERS = 4
-ATTEMPTS = 6
-PROGRESS_BYTES = 64 * 2**10
-FIRST_PAUSE, LONGEST_PAUSE = 0.2, 10.0
 
 _PART = re.compile(r"^[0-9a-f]{64}\.(\d+)\.part$")
+
+
+@dataclass
+class CacheCounts:
+    """What the cache has been asked for by this process."""
+
+    hits: int = 0
+    """shards that were here"""
+    misses: int = 0
+    """shards that this process fetched"""
+    fetched_bytes: int = 0
+    """bytes of those"""
 
 
 class RemoteShards:
@@ -67,9 +66,10 @@ class RemoteShards:
         timeout: float = 30.0,
         attempts: int = ATTEMPTS,
     ) -> None:
-        parts = checked_url(url)
-        self._url, self._attempts, self._budget = url.rstrip("/"), attempts, cache_bytes
+        self._transfer = Transfer(url, timeout=timeout, attempts=attempts)
+        self._url, self._budget = self._transfer.url, cache_bytes
         self.ranks = 1
+        self.counts = CacheCounts()
         folder = cache or cache_folder("shards")
         if folder is None:
             raise InputError(
@@ -77,10 +77,6 @@ class RemoteShards:
             )
         self._cache = folder
         self._cache.mkdir(parents=True, exist_ok=True)
-        try:
-            self._store: Any = from_url(self._url, **client_options(parts.scheme, timeout))
-        except BaseError as error:
-            raise refusal(self._url, error) or InputError(f"{self._url}: not a usable URL; check it") from None
         self._lock = threading.Lock()
         self._running: dict[str, Future[Path]] = {}
         self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(FETCHERS, "fetch")
@@ -96,6 +92,7 @@ class RemoteShards:
         """A shard as a local file, whole and checked. Ask again after a pause in use: it may have been evicted."""
         path = self._path(shard)
         if _touch(path, shard.bytes):
+            self.counts.hits += 1
             return path
         if self._pool is None:
             raise NotFetchedError(shard.name)
@@ -109,6 +106,17 @@ class RemoteShards:
             if self._pool is not None:
                 self._submit(self._pool, shard)
 
+    def still_fetching(self, shards: Sequence[ShardInfo], seconds: float) -> list[ShardInfo]:
+        """Fetch shards for so long at most; which of them have not come. Raises what fetching one of them raises."""
+        missing = [shard for shard in shards if not _touch(self._path(shard), shard.bytes)]
+        if self._pool is None:
+            return missing
+        futures = {self._submit(self._pool, shard): shard for shard in missing}
+        done, running = wait(futures, timeout=seconds)
+        for future in done:
+            future.result()
+        return [futures[future] for future in running]
+
     def cancel(self) -> None:
         """Forget what has not begun."""
         with self._lock:
@@ -117,9 +125,7 @@ class RemoteShards:
 
     def size(self, shard: ShardInfo) -> int:
         """Bytes of a shard as the server states them."""
-        name = f"{self._prefix}{shard.name}"
-        found: int = self._persist(f"shard {shard.name}", lambda _: obstore.head(self._store, name)["size"], lambda: 0)
-        return found
+        return self._transfer.size(self._prefix + shard.name, f"shard {shard.name}")
 
     def after_fork(self) -> None:
         """In a forked copy neither threads nor the client work: it reads what is in the cache."""
@@ -146,6 +152,9 @@ class RemoteShards:
             with locked(path):
                 if not _touch(path, shard.bytes):
                     self._download(shard, path)
+                    with self._lock:
+                        self.counts.misses += 1
+                        self.counts.fetched_bytes += shard.bytes
                 return path
         except OSError as error:
             raise DataError(
@@ -161,7 +170,7 @@ class RemoteShards:
         part = path.with_name(f"{shard.sha256}.{shard.bytes}.part")
         self._make_room(shard, part)
         for again in (True, False):
-            self._fill(shard, part)
+            self._transfer.fill(self._prefix + shard.name, f"shard {shard.name}", part, shard.bytes)
             if file_sha256(part) == shard.sha256:
                 with locked(self._cache / "room"):  # who counts the cache sees it under one of its names
                     part.replace(path)
@@ -173,66 +182,10 @@ class RemoteShards:
                     "upload the data set again"
                 )
 
-    def _fill(self, shard: ShardInfo, part: Path) -> None:
-        """Append to a part until it is as long as the shard."""
-        name = f"{self._prefix}{shard.name}"
-
-        def step(can_resume: bool) -> int:
-            with part.open("ab" if can_resume else "wb") as file:
-                start = file.tell()
-                if start > shard.bytes:
-                    file.truncate(0)
-                    start = 0
-                if start == shard.bytes:
-                    return -1
-                reply = obstore.get(self._store, name, options={"range": {"offset": start}} if start else None)
-                if reply.meta["size"] != shard.bytes:
-                    raise DataError(
-                        f"shard {shard.name}: has {reply.meta['size']} bytes at {self._url}, dataset.json says "
-                        f"{shard.bytes}; upload the data set again"
-                    )
-                for block in reply.stream(min_chunk_size=PROGRESS_BYTES):
-                    file.write(block)
-                file.flush()
-                os.fsync(file.fileno())  # a file under its final name is taken as whole after a power cut
-                return -1
-
-        self._persist(f"shard {shard.name}", step, lambda: part.stat().st_size if part.exists() else 0)
-
-    def _persist(self, what: str, step: Callable[[bool], Any], done: Callable[[], int]) -> Any:
-        """Try a step until it succeeds; gives up after so many attempts in a row that brought nothing."""
-        failures, can_resume, pause, before = 0, True, FIRST_PAUSE, done()
-        while True:
-            try:
-                return step(can_resume)
-            except VaeganError:
-                raise
-            except NotSupportedError:
-                can_resume = False  # a server without ranges: from the start, in one go
-                cause = "the server cannot continue a download"
-            except (BaseError, FileNotFoundError) as error:
-                if isinstance(error, OSError) and error.errno is not None:
-                    raise  # of this node's disk; the store's own has no number
-                refused = refusal(f"{what} at {self._url}", error)
-                if refused is not None:
-                    raise refused from None
-                cause = failure(error)
-            if done() >= before + PROGRESS_BYTES:
-                failures, pause, before = 0, FIRST_PAUSE, done()
-            else:
-                failures += 1
-            if failures >= self._attempts:
-                raise DataError(
-                    f"{what}: cannot be fetched from {self._url} after {failures} attempts ({cause}); check the "
-                    "network and run the same command again"
-                ) from None
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE)
-
     def _find_manifest(self, split: str) -> Manifest:
         """SPLIT/dataset.json or dataset.json; its folder is where the shards lie."""
         for prefix in (f"{split}/", ""):
-            text = self._small(f"{prefix}{MANIFEST_NAME}")
+            text = self._transfer.small(f"{prefix}{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
             if text is not None:
                 self._prefix = prefix
                 manifest = parse_manifest(text, f"{self._url}/{prefix}{MANIFEST_NAME}")
@@ -244,23 +197,6 @@ class RemoteShards:
             f"{self._url}: no prepared data set (looked for {split}/{MANIFEST_NAME} and {MANIFEST_NAME}); upload what "
             "`vaegan-dist prepare` made"
         )
-
-    def _small(self, name: str) -> bytes | None:
-        """A small file's bytes; None where there is none."""
-
-        def step(can_resume: bool) -> bytes | None:
-            try:
-                reply = obstore.get(self._store, name)
-            except FileNotFoundError:
-                return None
-            if reply.meta["size"] > MAX_MANIFEST_BYTES:
-                raise InputError(
-                    f"{self._url}/{name}: {reply.meta['size']} bytes, so not a dataset.json; check the URL"
-                )
-            return bytes(reply.bytes())
-
-        found: bytes | None = self._persist(name, step, lambda: 0)
-        return found
 
     def _check_budget(self, manifest: Manifest) -> None:
         largest = max(manifest.shards, key=lambda shard: shard.bytes)

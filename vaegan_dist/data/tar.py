@@ -15,7 +15,10 @@ from typing import NamedTuple
 from vaegan_dist.errors import DataError
 
 BLOCK = 512
-MAX_LONG_NAME = 2**20
+MAX_EXTENDED = 2**20
+"""Bytes of an extended header (long name, pax)"""
+MAX_NAME = 4096
+"""Bytes of a member's name: what Linux takes for a path"""
 REMEDY = "restore the shard or prepare it again"
 _ZEROS = bytes(BLOCK)
 _REGULAR = frozenset((b"0", b"\0", b"7"))
@@ -110,17 +113,19 @@ def walk(file: ShardFile) -> Iterator[Member]:
         size, kind = _checked(file, header, position), header[156:157]
         offset = position + BLOCK
         if kind in b"xgLK":
-            if size > MAX_LONG_NAME:
-                raise file.error(position, f"an extended header of {size} bytes (limit {MAX_LONG_NAME})")
+            if size > MAX_EXTENDED:
+                raise file.error(position, f"an extended header of {size} bytes (limit {MAX_EXTENDED})")
             _check_payload(file, _name(header), position, offset, size)
             _extend(file, pending, kind, position, file.read(size, offset))
             position = offset + _padded(size)
             continue
         name = pending.get("path") or _name(header)
+        if len(name) > MAX_NAME:
+            raise file.error(position, f"a name of {len(name)} characters (limit {MAX_NAME})")
         regular = kind in _REGULAR and not (kind == b"\0" and name.endswith("/"))
         if "size" in pending:
             size = _decimal(file, pending["size"], position)
-        if kind == b"S" or any(key.startswith("GNU.sparse") for key in pending):
+        if kind == b"S" or any(map(_sparse, pending)):
             raise file.error(position, "is stored as a sparse file", "pack it without --sparse", name)
         payload = 0 if kind in _TYPES else size
         _check_payload(file, name, position, offset, payload)
@@ -183,8 +188,12 @@ def _extend(file: ShardFile, pending: dict[str, str], kind: bytes, position: int
         records = _pax(file, position, payload)
         if kind == b"g" and not records.keys().isdisjoint(("path", "size")):
             raise file.error(position, "a global pax header sets path or size of all members", "pack it without")
-        if kind == b"x":
-            pending.update(records)
+        if kind == b"x":  # what nobody asks for is not kept: headers may follow each other without end
+            pending.update({key: text for key, text in records.items() if key in ("path", "size") or _sparse(key)})
+
+
+def _sparse(key: str) -> bool:
+    return key.startswith("GNU.sparse")
 
 
 def _pax(file: ShardFile, position: int, payload: bytes) -> dict[str, str]:
@@ -204,7 +213,7 @@ def _pax(file: ShardFile, position: int, payload: bytes) -> dict[str, str]:
 
 def _decimal(file: ShardFile, text: str, position: int) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise file.error(position, f"a pax header with size {text!r}")
+        raise file.error(position, f"a pax header with size {text[:40]!r}")
     return int(text)
 
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vaegan_dist.data.decode import decode_into
+from vaegan_dist.data.decode import decode_into, read_encoded
 from vaegan_dist.data.images import PictureError
 from vaegan_dist.data.index import BAD_LABEL, NO_LABEL, PICTURE_KINDS, RAW, ShardIndex, index_shard, shard_keys
-from vaegan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, file_sha256, find_manifest, read_manifest
+from vaegan_dist.data.manifest import MANIFEST_NAME, Manifest, ShardInfo, find_manifest, read_manifest
 from vaegan_dist.data.tar import ShardFile
 from vaegan_dist.data.urls import CACHE_BYTES, is_remote, local_path
 from vaegan_dist.errors import DataError, InputError, VaeganError
+from vaegan_dist.files import file_sha256
 
 if TYPE_CHECKING:
     from vaegan_dist.data.store import RemoteShards
@@ -200,7 +201,7 @@ def _check_samples(path: Path, manifest: Manifest, shard: ShardInfo, index: Shar
                 yield f"{where}: {cause}"
             if kind < RAW:
                 try:
-                    decode_into(file.read(int(size), int(offset)), int(kind), row)
+                    decode_into(read_encoded(file, int(offset), int(size)), int(kind), row)
                 except PictureError as error:
                     yield f"{where}: {error}"
 

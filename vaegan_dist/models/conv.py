@@ -1,4 +1,4 @@
-"""Convolutional networks after Larsen et al. 2016 (arXiv 1512.09300, table 1), with norms that treat images apart."""
+"""Convolutional networks after Larsen et al. 2016 (arXiv 1512.09300, table 1), by default with group norms."""
 
 import itertools
 
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from vaegan_dist.config import ConvModel
 from vaegan_dist.errors import ConfigError
-from vaegan_dist.models.layers import MinibatchStd, norm_layer
+from vaegan_dist.models.layers import MinibatchStd, SelfAttention, conv2d, conv_transpose2d, linear, norm_layer
 from vaegan_dist.models.networks import Decoder, Discriminator, Encoder, ImageShape
 
 SLOPE = 0.2
@@ -26,36 +26,75 @@ def _low_resolution(key: str, stages: int, image: ImageShape) -> tuple[int, int]
     return image.height >> stages, image.width >> stages
 
 
-class Down(nn.Module):
-    """Convolution (stride 2 by default) - norm - activation, with the convolution's own output on request."""
+def check_attention(model: ConvModel, image: ImageShape) -> None:
+    """Every height in `attention` must be one that a stage of some network has."""
+    stages = max(len(model.channels), len(model.decoder_channels or ()), len(model.discriminator_channels))
+    heights = [image.height >> stage for stage in range(stages + 1)]
+    for height in model.attention:
+        if height not in heights:
+            raise ConfigError(
+                f"model.attention={height}: no stage of pictures of {image} has that height; "
+                f"choose from {', '.join(map(str, heights))}"
+            )
 
-    def __init__(self, before: int, after: int, kernel: int, norm: str, stride: int = 2, padding: int = -1) -> None:
-        super().__init__()
-        padding = kernel // 2 if padding < 0 else padding
-        self.conv = nn.Conv2d(before, after, kernel, stride=stride, padding=padding)
-        self.norm = norm_layer(norm, after)
-        self.activation = nn.LeakyReLU(SLOPE)
 
-    def finish(self, features: Tensor) -> Tensor:
-        """Norm and activation of the convolution's output."""
-        activated: Tensor = self.activation(self.norm(features))
-        return activated
+class Stage(nn.Module):
+    """A part of a discriminator whose output before its norm and activation can be asked for."""
+
+    def raw(self, x: Tensor) -> Tensor:
+        """Output before norm and activation."""
+        raise NotImplementedError
+
+    def finish(self, raw: Tensor) -> Tensor:
+        """Norm and activation of `raw`."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.finish(self.conv(x))
+        return self.finish(self.raw(x))
+
+
+class Down(Stage):
+    """Convolution (stride 2 by default) - norm - activation (- self-attention)."""
+
+    def __init__(
+        self,
+        before: int,
+        after: int,
+        kernel: int,
+        norm: str,
+        stride: int = 2,
+        padding: int = -1,
+        *,
+        attention: bool = False,
+    ) -> None:
+        super().__init__()
+        padding = kernel // 2 if padding < 0 else padding
+        self.conv = conv2d(norm, before, after, kernel, stride=stride, padding=padding)
+        self.norm = norm_layer(norm, after)
+        self.activation = nn.LeakyReLU(SLOPE)
+        self.attention = SelfAttention(after, norm) if attention else nn.Identity()
+
+    def raw(self, x: Tensor) -> Tensor:
+        convolved: Tensor = self.conv(x)
+        return convolved
+
+    def finish(self, raw: Tensor) -> Tensor:
+        activated: Tensor = self.attention(self.activation(self.norm(raw)))
+        return activated
 
 
 class Up(nn.Module):
-    """Transposed convolution that doubles the resolution - norm - activation."""
+    """Transposed convolution that doubles the resolution - norm - activation (- self-attention)."""
 
-    def __init__(self, before: int, after: int, kernel: int, norm: str) -> None:
+    def __init__(self, before: int, after: int, kernel: int, norm: str, *, attention: bool = False) -> None:
         super().__init__()
-        self.conv = nn.ConvTranspose2d(before, after, kernel, stride=2, padding=kernel // 2, output_padding=1)
+        self.conv = conv_transpose2d(norm, before, after, kernel, stride=2, padding=kernel // 2, output_padding=1)
         self.norm = norm_layer(norm, after)
         self.activation = nn.LeakyReLU(SLOPE)
+        self.attention = SelfAttention(after, norm) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        activated: Tensor = self.activation(self.norm(self.conv(x)))
+        activated: Tensor = self.attention(self.activation(self.norm(self.conv(x))))
         return activated
 
 
@@ -66,11 +105,15 @@ class ConvEncoder(Encoder):
         super().__init__((model.latent_dim,))
         height, width = _low_resolution("model.channels", len(model.channels), image)
         channels = [image.channels, *model.channels]
-        stages = [Down(a, b, model.kernel_size, model.norm) for a, b in itertools.pairwise(channels)]
-        self.stages = nn.Sequential(*stages)
+        self.stages = nn.Sequential(
+            *(
+                Down(a, b, model.kernel_size, model.norm, attention=image.height >> level in model.attention)
+                for level, (a, b) in enumerate(itertools.pairwise(channels), start=1)
+            )
+        )
         self.hidden = nn.Sequential(
             nn.Flatten(),
-            nn.Linear(channels[-1] * height * width, model.hidden),
+            linear(model.norm, channels[-1] * height * width, model.hidden),
             norm_layer(model.norm, model.hidden),
             nn.LeakyReLU(SLOPE),
         )
@@ -92,10 +135,14 @@ class ConvDecoder(Decoder):
         base = model.channels[-1]
         channels = [base, *stages]
         self.base = (base, height, width)
-        self.stem = nn.Linear(model.latent_dim, base * height * width)
+        self.stem = linear(model.norm, model.latent_dim, base * height * width)
         self.stem_norm = nn.Sequential(norm_layer(model.norm, base), nn.LeakyReLU(SLOPE))
-        ups = [Up(a, b, model.kernel_size, model.norm) for a, b in itertools.pairwise(channels)]
-        self.stages = nn.Sequential(*ups)
+        self.stages = nn.Sequential(
+            *(
+                Up(a, b, model.kernel_size, model.norm, attention=height << level in model.attention)
+                for level, (a, b) in enumerate(itertools.pairwise(channels), start=1)
+            )
+        )
         self.head = nn.Conv2d(channels[-1], image.channels, model.kernel_size, padding=model.kernel_size // 2)
 
     @property
@@ -109,7 +156,7 @@ class ConvDecoder(Decoder):
 
 
 class StagedDiscriminator(Discriminator):
-    """A discriminator that walks down stages of convolutions and then judges."""
+    """A discriminator that walks down stages and then judges; its layers are the stages."""
 
     layers: nn.ModuleList
 
@@ -120,19 +167,19 @@ class StagedDiscriminator(Discriminator):
     def features(self, x: Tensor, layer: int) -> Tensor:
         for stage in self.layers[:layer]:
             x = stage(x)
-        last = self.layers[layer]
-        assert isinstance(last, Down)
-        features: Tensor = last.conv(x)
-        return features
+        return self._stage(layer).raw(x)
 
     def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         features = self.features(x, layer)
-        last = self.layers[layer]
-        assert isinstance(last, Down)
-        hidden = last.finish(features)
+        hidden = self._stage(layer).finish(features)
         for stage in self.layers[layer + 1 :]:
             hidden = stage(hidden)
         return self.judge(hidden).squeeze(1), features
+
+    def _stage(self, layer: int) -> Stage:
+        stage = self.layers[layer]
+        assert isinstance(stage, Stage)
+        return stage
 
 
 class ConvDiscriminator(StagedDiscriminator):
@@ -145,22 +192,23 @@ class ConvDiscriminator(StagedDiscriminator):
         layers = []
         before = image.channels
         if model.discriminator_stem:
-            layers.append(Down(before, model.discriminator_stem, kernel, "none", stride=1))
+            stem_norm = "spectral" if norm == "spectral" else "none"
+            layers.append(Down(before, model.discriminator_stem, kernel, stem_norm, stride=1))
             before = model.discriminator_stem
-        for after in model.discriminator_channels:
-            layers.append(Down(before, after, kernel, norm))
+        for level, after in enumerate(model.discriminator_channels, start=1):
+            layers.append(Down(before, after, kernel, norm, attention=image.height >> level in model.attention))
             before = after
         self.layers = nn.ModuleList(layers)
         self.deviation = MinibatchStd(model.minibatch_std) if model.minibatch_std else nn.Identity()
         self.hidden = nn.Sequential(
             nn.Flatten(),
-            nn.Linear((before + bool(model.minibatch_std)) * height * width, model.discriminator_hidden),
+            linear(norm, (before + bool(model.minibatch_std)) * height * width, model.discriminator_hidden),
             norm_layer(norm, model.discriminator_hidden),
             nn.LeakyReLU(SLOPE),
         )
-        self.head = nn.Linear(model.discriminator_hidden, 1)
+        self.head = linear(norm, model.discriminator_hidden, 1)
         self.depth = len(self.layers)
-        self.independent = not model.minibatch_std
+        self.independent = not model.minibatch_std and norm != "batch"
 
     def judge(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.head(self.hidden(self.deviation(hidden)))

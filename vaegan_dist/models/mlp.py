@@ -6,7 +6,7 @@ import math
 from torch import Tensor, nn
 
 from vaegan_dist.config import MlpModel
-from vaegan_dist.models.layers import MinibatchStd
+from vaegan_dist.models.layers import MinibatchStd, linear
 from vaegan_dist.models.networks import Decoder, Discriminator, Encoder, ImageShape
 
 SLOPE = 0.2
@@ -57,24 +57,25 @@ class MlpDiscriminator(Discriminator):
     def __init__(self, model: MlpModel, image: ImageShape) -> None:
         super().__init__(image)
         widths = [math.prod((image.channels, image.height, image.width)), *model.discriminator_hidden]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(widths))
+        norm = model.discriminator_norm
+        self.layers = nn.ModuleList(linear(norm, a, b) for a, b in itertools.pairwise(widths))
         self.activation = nn.LeakyReLU(SLOPE)
         self.deviation = MinibatchStd(model.minibatch_std) if model.minibatch_std else nn.Identity()
-        self.head = nn.Linear(widths[-1] + bool(model.minibatch_std), 1)
+        self.head = linear(norm, widths[-1] + bool(model.minibatch_std), 1)
         self.depth = len(self.layers)
         self.independent = not model.minibatch_std
 
     def features(self, x: Tensor, layer: int) -> Tensor:
         hidden = x.flatten(1)
-        for linear in self.layers[:layer]:
-            hidden = self.activation(linear(hidden))
+        for previous in self.layers[:layer]:
+            hidden = self.activation(previous(hidden))
         features: Tensor = self.layers[layer](hidden)
         return features
 
     def logits_and_features(self, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         features = self.features(x, layer)
         hidden = self.activation(features)
-        for linear in self.layers[layer + 1 :]:
-            hidden = self.activation(linear(hidden))
+        for following in self.layers[layer + 1 :]:
+            hidden = self.activation(following(hidden))
         logits: Tensor = self.head(self.deviation(hidden))
         return logits.squeeze(1), features

@@ -41,6 +41,17 @@ class Posterior:
         kl = 0.5 * (self.mu.square() + self.logvar.exp() - 1.0 - self.logvar)
         return kl.flatten(1)
 
+    @torch.no_grad()
+    def unit_statistics(self) -> Tensor:
+        """Mean over images of each latent unit's KL, mu and mu^2, `[3, units]`, of which active units are told.
+
+        A unit is a dimension of z; of a z that is a small picture, a channel: its KL is the sum over positions, its
+        mu and mu^2 are means over them.
+        """
+        mu = self.mu.flatten(2) if self.mu.dim() > 2 else self.mu.unsqueeze(2)
+        kl = self.kl_per_dim().view(mu.shape).sum(2).mean(0)
+        return torch.stack([kl, mu.mean((0, 2)), mu.square().mean((0, 2))])
+
 
 class Encoder(nn.Module):
     """Picture -> posterior."""

@@ -10,6 +10,7 @@ from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Decoder, Discriminator, Encoder
 
 Terms = dict[str, Tensor]
+LATENT = "latent"  # mean over images of each latent unit's KL, mu and mu^2: `[3, units]`
 
 
 class Objective(nn.Module):
@@ -22,10 +23,17 @@ class Objective(nn.Module):
         trained: networks that learn, in the order encoder, decoder, discriminator; the others do not require gradients.
         term_names: names of the terms that `forward` returns, in this order, always all of them; of all stages, where
             there are several.
+        gated: networks that `held_back` may hold back.
+        shared_terms: those of them whose means over all ranks `held_back` and `remember` ask for.
+        memory: tensors that pass from step to step, and into checkpoints, by name.
+        latent_units: units whose statistics `forward` returns as the further term `latent`; 0: it returns none.
     """
 
     trained: tuple[NetworkName, ...]
     term_names: tuple[str, ...]
+    gated: tuple[NetworkName, ...] = ()
+    shared_terms: tuple[str, ...] = ()
+    latent_units: int = 0
 
     def __init__(
         self,
@@ -44,6 +52,7 @@ class Objective(nn.Module):
                     f"choose from {', '.join(trainable)}"
                 )
         self.settings = settings
+        self.memory: dict[str, Tensor] = {}
         self.trained = tuple(name for name in trainable if name in wanted)
         for key, network in networks.items():
             network.requires_grad_(key in self.trained)
@@ -99,11 +108,23 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def held_back(self, means: Terms) -> Terms:
+        """`gated` networks with a flag 0 or 1: whether they may take no optimiser step now; equal on all ranks.
+
+        Args:
+            means: of `shared_terms` over the global batch.
+        """
+        return {}
+
+    def remember(self, means: Terms, skip: Tensor) -> None:
+        """Move `memory` on after a step, unless it was skipped (flag 1)."""
+
     def ordered(self, terms: Terms) -> Terms:
-        """The terms in the order of `term_names`, detached."""
-        if set(terms) != set(self.term_names):
-            raise AssertionError(f"terms {sorted(terms)} differ from the promised {sorted(self.term_names)}")
-        return {name: terms[name].detach() for name in self.term_names}
+        """The terms in the order of `term_names`, detached, and the statistics of the latent units."""
+        names = (*self.term_names, *([LATENT] if self.latent_units else []))
+        if set(terms) != set(names):
+            raise AssertionError(f"terms {sorted(terms)} differ from the promised {sorted(names)}")
+        return {name: terms[name].detach() for name in names}
 
 
 def uniform(normal: Tensor) -> Tensor:

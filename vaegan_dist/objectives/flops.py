@@ -27,7 +27,11 @@ class FlopCounter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
-        if formula is not None:
-            self.total += int(formula(*args, **kwargs, out_val=result))
+        self.total += flops_of(func, args, kwargs, result)
         return result
+
+
+def flops_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+    """Operations of one call, by torch's own formulas; 0 for what is neither a matrix product nor a convolution."""
+    formula: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))

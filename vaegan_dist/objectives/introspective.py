@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
-from vaegan_dist.objectives.base import Objective, Terms
+from vaegan_dist.objectives.base import LATENT, Objective, Terms
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.reconstruction import check_pixel, has_pixel, pixel_loss
 
@@ -53,6 +53,7 @@ class EncoderStage(_Stage):
     def __init__(self, phase: Phase, settings: ObjectiveSection, networks: nn.ModuleDict) -> None:
         super().__init__(phase, settings, networks, "encoder")
         self.term_names = ("loss_rec", "loss_kl", "beta", *(f"{what}_{f}" for what in ("kl", "expelbo") for f in FAKES))
+        self.latent_units = self.encoder.latent_shape[0]
 
     def forward(self, x: Tensor, noise: dict[str, Tensor], images_seen: int) -> tuple[Tensor, Terms]:
         posterior = self.encoder(x)
@@ -63,6 +64,7 @@ class EncoderStage(_Stage):
             "loss_rec": pixel_loss(self.settings.reconstruction, self.decoder, pre_image, x).mean(),
             "loss_kl": posterior.kl_per_dim().sum(1).mean(),
             "beta": total.new_full((), beta_at(self.settings, images_seen)),
+            LATENT: posterior.unit_statistics(),
         }
         with torch.no_grad():
             fakes = {"rec": self.decoder.to_image(pre_image), "gen": self.decoder(noise["z_prior"])}

@@ -21,4 +21,4 @@ def zero_centred(logits: Tensor, x: Tensor) -> Tensor:
 def one_centred(logits: Tensor, x: Tensor) -> Tensor:
     """(|dD/dx| - 1)^2 per image, `[B]` (Gulrajani et al. 2017, equation 3)."""
     squared = input_gradient(logits, x).square().flatten(1).sum(1)
-    return ((squared + 1e-12).sqrt() - 1.0).square()
+    return ((squared + 1e-14).sqrt() - 1.0).square()

@@ -9,6 +9,7 @@ from torch import Tensor
 from vaegan_dist.models import Discriminator
 from vaegan_dist.models.networks import wide
 from vaegan_dist.objectives.adversarial import AdversarialLoss
+from vaegan_dist.objectives.augment import View
 from vaegan_dist.objectives.base import Terms
 from vaegan_dist.objectives.routing import Boundary, carry, shared_seed
 
@@ -37,13 +38,21 @@ class Judged:
 
 
 def judge(
-    discriminator: Discriminator, image: Tensor, *, learns: bool, plays: bool, leaf: bool, layer: int | None = None
+    discriminator: Discriminator,
+    image: Tensor,
+    view: View,
+    *,
+    learns: bool,
+    plays: bool,
+    leaf: bool,
+    layer: int | None = None,
 ) -> Judged:
     """Show fakes to the discriminator so that both players' gradients can be told apart on the way back.
 
     Args:
         discriminator: its weights require gradients exactly if it learns.
         image: the decoder's output.
+        view: alters pictures, each by itself, on their way to the discriminator.
         learns: the discriminator learns from these pictures.
         plays: a player descends L_G of these pictures.
         leaf: the logits will be differentiated in the pictures: by a penalty, or to balance two gradients.
@@ -65,7 +74,7 @@ def judge(
         seen = image.detach()
     with torch.set_grad_enabled(plays or learns or seen.requires_grad):
         last = discriminator.depth - 1 if layer is None else layer
-        logits, features = discriminator.logits_and_features(seen, last)
+        logits, features = discriminator.logits_and_features(view(seen), last)
     return Judged(image, seen, boundary, wide(logits), None if layer is None else features, plays)
 
 

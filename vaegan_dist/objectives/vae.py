@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from vaegan_dist.config import ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models.networks import wide
-from vaegan_dist.objectives.base import Objective, Terms
+from vaegan_dist.objectives.base import LATENT, Objective, Terms
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.perceptual import build_perceptual
 from vaegan_dist.objectives.reconstruction import check_pixel, has_pixel, has_reconstruction, pixel_loss
@@ -26,6 +26,7 @@ class Vae(Objective):
         self.perceptual = build_perceptual(settings, self.decoder.last_layer)
         rec = (["loss_rec"] if has_pixel(settings) else []) + (["loss_perceptual"] if self.perceptual else [])
         self.term_names = (*rec, "loss_kl", "beta")
+        self.latent_units = self.encoder.latent_shape[0]
 
     def noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         return {"eps": (batch, *self.encoder.latent_shape)}
@@ -47,5 +48,6 @@ class Vae(Objective):
         if self.learns("encoder"):
             total = total + weighted_kl(settings, posterior, images_seen).mean()
         terms["loss_kl"] = posterior.kl_per_dim().sum(1).mean()
+        terms[LATENT] = posterior.unit_statistics()
         terms["beta"] = total.new_full((), beta_at(settings, images_seen))
         return total, self.ordered(terms)

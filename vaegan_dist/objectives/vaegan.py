@@ -20,14 +20,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
 from vaegan_dist.models.networks import wide
+from vaegan_dist.objectives import equilibrium, lecam
 from vaegan_dist.objectives.adversarial import LOSSES
+from vaegan_dist.objectives.augment import NUMBERS, View, view_of
 from vaegan_dist.objectives.balance import balance_of
-from vaegan_dist.objectives.base import Objective, Terms, uniform
+from vaegan_dist.objectives.base import LATENT, Objective, Terms, uniform
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.penalties import one_centred, zero_centred
 from vaegan_dist.objectives.perceptual import build_perceptual
@@ -40,6 +43,9 @@ from vaegan_dist.objectives.reconstruction import (
     similarity_loss,
 )
 from vaegan_dist.objectives.routing import Boundary, carry
+
+GATED: tuple[NetworkName, NetworkName] = ("decoder", "discriminator")
+CROSS_ENTROPIES = ("cross_entropy_real", "cross_entropy_fake")
 
 
 @dataclass
@@ -91,7 +97,18 @@ class VaeGan(Objective):
         self.layer = _layer(settings.similarity_layer, self.discriminator.depth)
         self.loss = LOSSES[settings.adversarial]
         self.batch_size = batch_size
+        self.gates = settings.equilibrium > 0 and set(GATED) <= set(self.trained)
+        self.gated = GATED if self.gates else ()
+        self.latent_units = self.encoder.latent_shape[0] if self.learns_rec else 0
+        if settings.lecam and self.learns("discriminator"):
+            device = next(networks.parameters()).device
+            self.memory["lecam"] = torch.zeros(lecam.SHAPE, dtype=torch.float64, device=device)
+        self.fakes = ("gen",) * self.gen_is_fake + ("rec",) * self.rec_is_fake
         self.term_names = self._term_names()
+        self.shared_terms = (
+            *((f"logits_{kind}" for kind in ("real", *self.fakes)) if self.memory else ()),
+            *(CROSS_ENTROPIES if self.gates else ()),
+        )
 
     def noise_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}
@@ -101,6 +118,9 @@ class VaeGan(Objective):
             shapes["z_prior"] = (batch, *self.decoder.latent_shape)
         if self.settings.gradient_penalty and self.learns("discriminator"):
             shapes["mix"] = (batch, 1, 1, 1)
+        if self.settings.diff_augment:
+            seen = {"augment_real": self.judges or self.similarity, "augment_gen": "z_prior" in shapes}
+            shapes |= {name: (batch, NUMBERS) for name, needed in seen.items() if needed}
         return shapes
 
     def forward(self, x: Tensor, noise: dict[str, Tensor], images_seen: int) -> tuple[Tensor, Terms]:
@@ -108,21 +128,23 @@ class VaeGan(Objective):
         total = wide(x).new_zeros(())
         rec = self._reconstruct(x, noise["eps"]) if self.encodes else None
         penalise = images_seen // self.batch_size % self.settings.penalty_interval == 0
-        real, logits_real, features_real = self._judge_real(x, leaf=penalise and self.settings.r1 > 0)
+        # A reconstruction is altered as its picture, so that their features can be compared.
+        view, view_gen = (view_of(self.settings.diff_augment, noise.get(f"augment_{kind}")) for kind in ("real", "gen"))
+        real, logits_real, features_real = self._judge_real(x, view, leaf=penalise and self.settings.r1 > 0)
         fakes: dict[str, Judged] = {}
         learns = self.learns("discriminator")
         leaf = (penalise and self.settings.r2 > 0 and learns) or self.balances
         if self.judges and self.gen_is_fake:
             with torch.set_grad_enabled(self.plays):
                 x_gen = self.decoder(noise["z_prior"])
-            fakes["gen"] = judge(self.discriminator, x_gen, learns=learns, plays=self.plays, leaf=leaf)
+            fakes["gen"] = judge(self.discriminator, x_gen, view_gen, learns=learns, plays=self.plays, leaf=leaf)
         if rec and self.rec_is_fake and self.judges:
             layer = self.layer if self.similarity else None
             fakes["rec"] = judge(
-                self.discriminator, rec.x_rec, learns=learns, plays=self.rec_plays, leaf=leaf, layer=layer
+                self.discriminator, rec.x_rec, view, learns=learns, plays=self.rec_plays, leaf=leaf, layer=layer
             )
         if rec and self.learns_rec:
-            total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), images_seen, terms)
+            total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), view, images_seen, terms)
         active = images_seen >= self.settings.adversarial_start_images
         if self.judges:
             game, played = play(
@@ -136,8 +158,10 @@ class VaeGan(Objective):
             )
             total = total + game
             terms |= played
+        if self.gates:
+            terms |= _cross_entropies(logits_real, fakes)
         if learns:
-            total = total + active * self._penalty_terms(real, logits_real, fakes, noise, penalise, terms)
+            total = total + active * self._penalty_terms(real, logits_real, fakes, view, noise, penalise, terms)
         return total, self.ordered(terms)
 
     def _term_names(self) -> tuple[str, ...]:
@@ -148,12 +172,12 @@ class VaeGan(Objective):
             names += ["loss_sim"] if self.similarity else []
             names += ["loss_kl", "beta"]
         if self.judges:
-            kinds = ["gen"] * self.gen_is_fake + ["rec"] * self.rec_is_fake
             names += ["loss_adv"] if self.plays or self.rec_plays else []
             names += ["adaptive_weight"] if self.balances else []
             names += ["loss_disc"] if self.learns("discriminator") else []
-            kinds = ["real", *kinds] if self.judges_real else kinds
+            kinds = ("real", *self.fakes) if self.judges_real else self.fakes
             names += [f"{what}_{kind}" for what in ("accuracy", "logits") for kind in kinds]
+            names += CROSS_ENTROPIES if self.gates else ()
         if self.learns("discriminator"):
             names += [name for name, weight in self._penalties.items() if weight]
         return tuple(names)
@@ -161,7 +185,27 @@ class VaeGan(Objective):
     @property
     def _penalties(self) -> dict[str, float]:
         settings = self.settings
-        return {"penalty_r1": settings.r1, "penalty_r2": settings.r2, "penalty_gp": settings.gradient_penalty}
+        return {
+            "penalty_r1": settings.r1,
+            "penalty_r2": settings.r2,
+            "penalty_gp": settings.gradient_penalty,
+            "penalty_lecam": settings.lecam,
+        }
+
+    def held_back(self, means: Terms) -> Terms:
+        if not self.gates:
+            return {}
+        settings = self.settings
+        real, fake = (means[name] for name in CROSS_ENTROPIES)
+        flags = equilibrium.held_back(real, fake, settings.equilibrium, settings.equilibrium_margin)
+        return dict(zip(GATED, flags, strict=True))
+
+    def remember(self, means: Terms, skip: Tensor) -> None:
+        if "lecam" in self.memory:
+            state = self.memory["lecam"]
+            fake = torch.stack([means[f"logits_{kind}"] for kind in self.fakes]).mean()
+            news = lecam.moved(state, torch.stack([means["logits_real"], fake]), self.settings.lecam_decay)
+            state.copy_(torch.where((skip > 0) | ~news.isfinite().all(), state, news))
 
     def _reconstruct(self, x: Tensor, eps: Tensor) -> Reconstruction:
         """Encode and decode once; put the boundaries where decoder and encoder weigh the same gradient differently."""
@@ -192,17 +236,17 @@ class VaeGan(Objective):
             return not (self.settings.adversarial_to_encoder and self.settings.gamma == 1)
         return self.settings.gamma == 0
 
-    def _judge_real(self, x: Tensor, *, leaf: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _judge_real(self, x: Tensor, view: View, *, leaf: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Real pictures, their logits and their features, as far as anything asks for them."""
         learns = self.learns("discriminator")
         if not self.judges_real and not self.similarity:
             return x, None, None
         with torch.set_grad_enabled(learns):
             if not self.judges_real:
-                return x, None, self.discriminator.features(x, self.layer)
+                return x, None, self.discriminator.features(view(x), self.layer)
             if leaf and learns:
                 x = x.detach().requires_grad_()
-            logits, features = self.discriminator.logits_and_features(x, self.layer)
+            logits, features = self.discriminator.logits_and_features(view(x), self.layer)
         return x, wide(logits), features.detach() if self.similarity else None
 
     def _rec_terms(
@@ -211,6 +255,7 @@ class VaeGan(Objective):
         x: Tensor,
         features_real: Tensor | None,
         judged: Judged | None,
+        view: View,
         images_seen: int,
         terms: Terms,
     ) -> Tensor:
@@ -227,7 +272,7 @@ class VaeGan(Objective):
             seen = judged.seen if judged else rec.x_rec.detach().requires_grad_()
             features = judged.features if judged else None
             if features is None:
-                features = self.discriminator.features(seen, self.layer)
+                features = self.discriminator.features(view(seen), self.layer)
             terms["loss_sim"] = similarity_loss(features, features_real).mean()
             (gradient,) = torch.autograd.grad(settings.similarity * terms["loss_sim"], seen, retain_graph=bool(judged))
             loss = loss + carry(rec.x_rec, gradient)
@@ -236,6 +281,7 @@ class VaeGan(Objective):
             rec.at_last_layer = self._at_last_layer(rec.pre_image, gradient)
         kl = weighted_kl(settings, rec.posterior, images_seen).mean()
         terms["loss_kl"] = rec.posterior.kl_per_dim().sum(1).mean()
+        terms[LATENT] = rec.posterior.unit_statistics()
         terms["beta"] = kl.new_full((), beta_at(settings, images_seen))
         if not self.learns("encoder"):
             return settings.gamma * loss
@@ -268,6 +314,7 @@ class VaeGan(Objective):
         real: Tensor,
         logits_real: Tensor | None,
         fakes: dict[str, Judged],
+        view: View,
         noise: dict[str, Tensor],
         penalise: bool,
         terms: Terms,
@@ -286,9 +333,19 @@ class VaeGan(Objective):
             share = uniform(noise["mix"])
             fake = next(iter(fakes.values())).image.detach()
             between = (share * real.detach() + (1 - share) * fake).requires_grad_()
-            penalty = one_centred(wide(self.discriminator(between)), between).mean()
+            penalty = one_centred(wide(self.discriminator(view(between))), between).mean()
             terms["penalty_gp"] = settings.gradient_penalty * penalty
+        if settings.lecam:
+            logits = [judged.logits for judged in fakes.values()]
+            terms["penalty_lecam"] = settings.lecam * lecam.penalty(self.memory["lecam"], logits_real, logits)
         return sum((terms[name] for name, weight in self._penalties.items() if weight), start=zero)
+
+
+def _cross_entropies(logits_real: Tensor | None, fakes: dict[str, Judged]) -> Terms:
+    """How well the discriminator knows real pictures and fakes, means over images and kinds of fakes."""
+    assert logits_real is not None
+    fake = torch.stack([F.softplus(judged.logits.detach()).mean() for judged in fakes.values()]).mean()
+    return dict(zip(CROSS_ENTROPIES, (F.softplus(-logits_real.detach()).mean(), fake), strict=True))
 
 
 def _layer(layer: int, depth: int) -> int:
@@ -312,6 +369,11 @@ def _check(phase: Phase, settings: ObjectiveSection) -> None:
         )
     if settings.adversarial_to_encoder and settings.fakes == "prior" and phase.objective == "vaegan":
         raise ConfigError(f"{where}.adversarial_to_encoder=true needs fakes=prior+reconstruction or reconstruction")
+    if settings.equilibrium and settings.adversarial not in equilibrium.ADVERSARIAL:
+        raise ConfigError(
+            f"{where}.equilibrium={settings.equilibrium:g} is a cross-entropy, which {settings.adversarial} is not; "
+            f"set adversarial to one of {', '.join(equilibrium.ADVERSARIAL)}, or equilibrium to 0"
+        )
     if settings.adaptive_weight and phase.objective == "gan":
         raise ConfigError(
             f"{where}.adaptive_weight=true: objective gan has no reconstruction to balance; set it to false"

@@ -57,7 +57,7 @@ PANELS = (
         "nats per image",
         ("divergence",),
         lambda key: not key.startswith(("loss", "kl")),
-        "β / active units",
+        "weight β, active units",
     ),
     Panel("Adversarial", "loss", ("adversarial",), lambda key: key.startswith("penalty"), "penalty"),
     Panel("Discriminator logits", "logit", ("logits",)),
@@ -73,6 +73,10 @@ PANELS = (
     ),
     Panel("Step time", "seconds", ("time",), from_zero=True),
     Panel("Gradients", "norm", ("gradient",), lambda key: key == "skipped_steps", "skipped steps", log=True),
+    Panel("Workers", "slowest over median", ("workers",), lambda key: key == "slowest_rank", "rank of the slowest"),
+    Panel(
+        "Average", "images", ("average",), lambda key: key == "ema_distance", "distance of the average", from_zero=True
+    ),
     Panel("Other terms", "value", ("other",)),
 )
 

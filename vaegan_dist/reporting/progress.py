@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TextIO
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -124,6 +126,9 @@ class Progress:
 
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         """Pictures are not shown here."""
+
+    def histogram(self, name: str, values: npt.NDArray[np.float32], images_seen: int) -> None:
+        """Distributions are not shown here."""
 
     def _flush_place(self) -> None:
         """The last numbers of a phase stay readable: as a line, above the bar too."""

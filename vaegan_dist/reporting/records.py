@@ -7,8 +7,9 @@ wall-clock up to there, carried over restarts. Further keys by kind:
 |---|---|
 | `train` | `phase`, `phase_images_seen`, `phase_images`, `total_images`, `epoch`, `images_per_second`, terms by name |
 | `phase` | `phase`, `phase_images`, `trains` (networks): a phase begins, or goes on if `phase_images_seen` is not 0 |
-| `checkpoint` | `path`, `checkpoint_seconds` (training stood still): a whole one stands; later rows may come before |
+| `checkpoint` | `path`, `checkpoint_seconds` (training stood still), `checkpoint_bytes`; later rows may come before |
 | `pictures` | `phase`: sheets were written |
+| `evaluation` | `phase`, metrics of the averaged networks, `features`, `features_hash`, `evaluation_seconds` |
 | `resume` | `restarts`: the run goes on from the checkpoint at `images_seen` |
 | `warning` | `message` |
 | `rollback` | `message`, `name`: the run goes on from the checkpoint at `images_seen`, with other noise |
@@ -35,6 +36,8 @@ Family = Literal[
     "throughput",
     "time",
     "gradient",
+    "workers",
+    "average",
     "other",
 ]
 
@@ -60,8 +63,10 @@ _FAMILIES: tuple[tuple[Family, tuple[str, ...]], ...] = (
     ("adversarial", ("loss_adv", "loss_gan", "loss_disc", "loss_gen", "penalty", "adaptive_weight")),
     ("logits", ("logits",)),
     ("learning_rate", ("lr_", "learning_rate")),
+    ("time", ("step_seconds", "data_wait_seconds", "communication_seconds", "compute_seconds", "seconds_", "time_")),
     ("throughput", ("images_per_second", "data_wait")),
-    ("time", ("seconds_", "time_")),
+    ("workers", ("rank_skew", "slowest_rank")),
+    ("average", ("ema_",)),
     ("gradient", ("grad_norm", "skipped_steps")),
 )
 

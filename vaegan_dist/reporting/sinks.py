@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from vaegan_dist.errors import InputError
@@ -27,6 +28,9 @@ class Sink(Protocol):
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         """Take a sheet of pictures, for example `samples`."""
 
+    def histogram(self, name: str, values: npt.NDArray[np.float32], images_seen: int) -> None:
+        """Take values whose distribution is of interest, for example `latent/mu`."""
+
     def close(self) -> None:
         """Hand over what is still held back; nothing is logged afterwards. May be called twice."""
 
@@ -41,7 +45,7 @@ class History:
     """
 
     # What a loop may say again at the very image it resumes at; the other kinds are news each time.
-    REPEATABLE = frozenset({"train", "phase", "pictures", "checkpoint", "rollback"})
+    REPEATABLE = frozenset({"train", "phase", "pictures", "evaluation", "checkpoint", "rollback"})
 
     def __init__(self, path: Path, resume_at: int | None = None) -> None:
         self.path = path
@@ -76,6 +80,9 @@ class History:
 
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         """Pictures are files of their own; the history only knows the record that names them."""
+
+    def histogram(self, name: str, values: npt.NDArray[np.float32], images_seen: int) -> None:
+        """Distributions are not kept."""
 
     def close(self) -> None:
         """Close the file."""
@@ -137,6 +144,16 @@ def read_history(path: Path) -> list[Record]:
     return [record for _, record in _rows(path)[0]]
 
 
+def scalars(record: Record) -> list[tuple[str, float]]:
+    """What a tracker plots of a record, named `<family>/<key>`; empty for kinds that are no curves."""
+    match record.get("event"):
+        case "train":
+            return [(f"{family(key)}/{key}", value) for key, value in measurements(record).items()]
+        case "evaluation":
+            return [(f"evaluation/{key}", value) for key, value in measurements(record).items()]
+    return []
+
+
 class TensorBoard:
     """Event files for TensorBoard; the step axis is images_seen, tags are `<family>/<name>`.
 
@@ -153,12 +170,11 @@ class TensorBoard:
         self._writer: Any = SummaryWriter(str(folder), purge_step=purge)
 
     def log(self, record: Record) -> None:
-        """Write the numbers of a `train` row as scalars, and a warning as text; other kinds are no curves."""
+        """Write the numbers of a row as scalars, and a warning as text."""
         step = integer(record, "images_seen") or 0
-        if record.get("event") == "train":
-            for key, value in measurements(record).items():
-                self._writer.add_scalar(f"{family(key)}/{key}", value, step)
-        elif record.get("event") == "warning":
+        for name, value in scalars(record):
+            self._writer.add_scalar(name, value, step)
+        if record.get("event") == "warning":
             self._writer.add_text("warning", str(record.get("message")), step)
         # Flushed each time: what a checkpoint covers must not be lost with the process.
         self._writer.flush()
@@ -166,6 +182,11 @@ class TensorBoard:
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         """Write a sheet as an image."""
         self._writer.add_image(name, np.asarray(image.convert("RGB")), images_seen, dataformats="HWC")
+        self._writer.flush()
+
+    def histogram(self, name: str, values: npt.NDArray[np.float32], images_seen: int) -> None:
+        """Write a histogram."""
+        self._writer.add_histogram(name, values, images_seen)
         self._writer.flush()
 
     def close(self) -> None:
@@ -200,6 +221,10 @@ class Guarded:
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         """Pass pictures on."""
         self._attempt(lambda sink: sink.pictures(name, image, images_seen))
+
+    def histogram(self, name: str, values: npt.NDArray[np.float32], images_seen: int) -> None:
+        """Pass values on."""
+        self._attempt(lambda sink: sink.histogram(name, values, images_seen))
 
     def close(self) -> None:
         """Close the sink."""
@@ -248,6 +273,10 @@ class Fanout:
     def pictures(self, name: str, image: Image.Image, images_seen: int) -> None:
         """Hand pictures to every sink."""
         self._each(lambda sink: sink.pictures(name, image, images_seen))
+
+    def histogram(self, name: str, values: npt.NDArray[np.float32], images_seen: int) -> None:
+        """Hand values to every sink."""
+        self._each(lambda sink: sink.histogram(name, values, images_seen))
 
     def close(self) -> None:
         """Close every sink."""

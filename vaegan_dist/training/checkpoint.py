@@ -5,7 +5,6 @@ and renames it; `checkpoint.json`, written last, holds the size and sha256 of ev
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from torch import Tensor, nn
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import validate
 from vaegan_dist.errors import InputError
+from vaegan_dist.files import file_sha256
 from vaegan_dist.models import ImageShape, build_networks
-from vaegan_dist.training.snapshot import Interval
+from vaegan_dist.training.best import Best
+from vaegan_dist.training.snapshot import MEMORY, Interval
 from vaegan_dist.training.state import Progress, TrainState
 
 FORMAT_VERSION = 1
@@ -45,6 +46,7 @@ class Checkpoint:
     phases_done: tuple[str, ...]
     interval: Interval | None
     watch: dict[str, Any]
+    best: Best | None = None
 
 
 def folder_name(images_seen: int) -> str:
@@ -91,6 +93,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             phases_done=tuple(summary["phases_done"]),
             interval=Interval.from_json(summary["interval"]) if "interval" in summary else None,
             watch=summary.get("watch", {}),
+            best=Best.from_json(summary.get("best")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BrokenCheckpointError(f"checkpoint {path} is not whole: {error}; use an earlier one") from None
@@ -106,14 +109,8 @@ def _check_file(folder: Path, name: str, expected: dict[str, Any]) -> None:
         raise BrokenCheckpointError(
             f"checkpoint {folder}: {name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
         )
-    if sha256(file) != expected["sha256"]:
+    if file_sha256(file) != expected["sha256"]:
         raise BrokenCheckpointError(f"checkpoint {folder}: {name} has been changed (sha256 differs)")
-
-
-def sha256(path: Path) -> str:
-    """Hash of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_config(path: Path) -> Config:
@@ -156,6 +153,7 @@ def _load_module(module: nn.Module, path: Path, device: torch.device) -> None:
 
 def _load_optimizers(state: TrainState, path: Path, device: torch.device) -> None:
     tensors = load_file(path, device=str(device))
+    state.memory = {key.removeprefix(MEMORY): value for key, value in tensors.items() if key.startswith(MEMORY)}
     for network, optimizer in state.optimizers.items():
         for name, parameter in state.networks[network].named_parameters():
             prefix = f"{network}.{name}/"

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 import vaegan_dist
-from vaegan_dist.files import sync_folder
+from vaegan_dist.files import file_sha256, sync_folder
 from vaegan_dist.training.checkpoint import (
     FORMAT_VERSION,
     PREFIX,
@@ -18,7 +18,6 @@ from vaegan_dist.training.checkpoint import (
     folder_name,
     images_of,
     open_checkpoint,
-    sha256,
 )
 from vaegan_dist.training.snapshot import Snapshot
 
@@ -30,15 +29,15 @@ def write_checkpoint(snapshot: Snapshot, folder: Path) -> Path:
     """Write a snapshot below `folder` and return the checkpoint's own folder.
 
     Raises:
-        OSError: when the storage is full or read-only; nothing is left under the checkpoint's name then.
+        OSError: when the storage is full, read-only or gone; nothing is left under the checkpoint's name then.
     """
     final = folder / folder_name(snapshot.images_seen)
     temporary = folder / f".{final.name}{PARTIAL}"
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary.mkdir()  # in a folder that must be there: one made anew would hide that the run's own is gone
     try:
         _write_files(snapshot, temporary)
-        _seal(temporary)
+        seal(temporary)
         # The rows that lead up to this image must outlive a power cut if the checkpoint does.
         history = folder / "history.jsonl"
         if history.exists():
@@ -59,14 +58,15 @@ def _write_files(snapshot: Snapshot, folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps(snapshot.summary, indent=1))
 
 
-def _seal(folder: Path) -> None:
+def seal(folder: Path) -> None:
+    """Sync every file, and write their sizes and hashes into `checkpoint.json`."""
     files = {}
     for path in sorted(folder.iterdir()):
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        files[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         _sync(path)
-    seal = folder / SEAL
-    seal.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
-    _sync(seal)
+    written = folder / SEAL
+    written.write_text(json.dumps({"format_version": FORMAT_VERSION, "files": files}, indent=1))
+    _sync(written)
     sync_folder(folder)
 
 
@@ -88,17 +88,17 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def prune(folder: Path, keep_last: int, keep_every_images: int = 0) -> list[Path]:
+def prune(folder: Path, keep_last: int, keep_every_images: int = 0, best: Path | None = None) -> list[Path]:
     """Remove old checkpoints and return what went.
 
-    Kept are the newest `keep_last`, those marked to be kept (the last of a phase), and the first at or after each
-    multiple of `keep_every_images` (0: none).
+    Kept are the newest `keep_last`, those marked to be kept (the last of a phase), the first at or after each
+    multiple of `keep_every_images` (0: none), and the best.
     """
     removed = []
     found = checkpoints(folder)
     kept = set(found[:keep_last]) | (_milestones(found, keep_every_images) if keep_every_images else set())
     for path in found:
-        if path not in kept and not _marked(path):
+        if path not in kept and path != best and not _marked(path):
             # The seal goes first, so that a half-removed checkpoint can never pass for a whole one.
             (path / SEAL).unlink(missing_ok=True)
             shutil.rmtree(path, ignore_errors=True)

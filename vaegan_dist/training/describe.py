@@ -1,48 +1,84 @@
-"""What a configuration would do, before it does it: parameters, FLOPs per image, shards, streams and steps."""
+"""What a configuration would do, before it does it: parameters, operations, memory, shards, streams and steps."""
 
-import copy
 from dataclasses import dataclass
 
 import torch
 
-from vaegan_dist.config import Config, NetworkName, Phase
+from vaegan_dist.config import NETWORK_NAMES, Config, NetworkName, Phase
 from vaegan_dist.data.dataset import open_dataset
 from vaegan_dist.data.order import EpochOrder
-from vaegan_dist.models import ImageShape
+from vaegan_dist.models import ImageShape, outline_networks
 from vaegan_dist.objectives import build_objective
-from vaegan_dist.objectives.flops import FlopCounter
+from vaegan_dist.objectives.cost import CostMeter
 from vaegan_dist.seeding import standard_normal
-from vaegan_dist.training.state import TrainState, create_state
+from vaegan_dist.training.state import EMA_NETWORKS
 
 COUNTED_IMAGES = 4  # at least; a whole number of minibatch groups
 
 
 @dataclass(frozen=True)
 class PhasePlan:
-    """One phase of a plan. FLOPs count a multiply-add as two operations, as torch's counter does."""
+    """One phase of a plan. FLOPs count a multiply-add as two operations, as torch's counter does.
+
+    Attributes:
+        flops: of a step, per image: forward and backward of each network; `losses` is what belongs to none. Penalties
+            that are evaluated every k steps count a k-th.
+        activations: bytes per image that wait for the backward pass, in float32, at the step's worst moment.
+    """
 
     name: str
     trains: tuple[NetworkName, ...]
     images: int
     steps: int
-    flops_per_image: float
+    flops: dict[str, float]
+    activations: dict[str, float]
+
+    @property
+    def flops_per_image(self) -> float:
+        """Of all networks."""
+        return sum(self.flops.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one network on one worker, but for activations."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """What the networks of a configuration cost for pictures of one size."""
+
+    image: ImageShape
+    images_at_once: int
+    parameters: dict[str, int]
+    memory: dict[str, Memory]
+    phases: tuple[PhasePlan, ...]
+
+    @property
+    def bytes_per_worker(self) -> dict[str, float]:
+        """Estimate for each phase: everything that stays, and the activations of the images that go at once."""
+        stays = sum(sum(vars(memory).values()) for memory in self.memory.values())
+        return {phase.name: stays + self.images_at_once * sum(phase.activations.values()) for phase in self.phases}
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run that has not begun."""
 
-    image: ImageShape
+    model: ModelPlan
     samples: int
     shards: int
     streams: int
     steps_per_epoch: int
-    parameters: dict[str, int]
-    phases: tuple[PhasePlan, ...]
 
 
 def describe(config: Config) -> Plan:
-    """Open the data set and build the networks, but train nothing.
+    """Open the data set and lay out the networks, but train nothing.
 
     Raises:
         InputError, ConfigError: as the run itself would.
@@ -51,7 +87,6 @@ def describe(config: Config) -> Plan:
     dataset = open_dataset(data.path, in_memory=False, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes)
     manifest = dataset.manifest
     image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
-    state = create_state(config, image, torch.device("cpu"), torch.float32)
     order = EpochOrder(
         shard_samples=dataset.shard_samples,
         seed=config.run.seed,
@@ -60,35 +95,66 @@ def describe(config: Config) -> Plan:
         batch_size=config.training.batch_size,
         block_shards=config.data.block_shards,
     )
-    parameters = {name: sum(p.numel() for p in network.parameters()) for name, network in state.networks.items()}
     return Plan(
-        image=image,
+        model=describe_model(config, image),
         samples=len(dataset),
         shards=len(dataset.shard_samples),
         streams=config.streams,
         steps_per_epoch=order.steps,
-        parameters=parameters,
-        phases=tuple(_plan_phase(state, phase) for phase in config.phases),
     )
 
 
-def _plan_phase(state: TrainState, phase: Phase) -> PhasePlan:
-    networks = copy.deepcopy(state.networks)
-    batch_size = state.config.training.batch_size
-    objective = build_objective(phase, state.config.objective_of(phase), networks, batch_size=batch_size)
-    image = state.image
-    group = getattr(state.config.model, "minibatch_std", 0) or 1
+def describe_model(config: Config, image: ImageShape) -> ModelPlan:
+    """What the networks cost; needs no data, and no memory to speak of.
+
+    Raises:
+        ConfigError: the pictures do not fit the network, or settings cannot work together.
+    """
+    phases = tuple(_plan_phase(config, image, phase) for phase in config.phases)
+    trained = {name for phase in phases for name in phase.trains}
+    networks = outline_networks(config.model, image)
+    parameters: dict[str, int] = {name: sum(p.numel() for p in networks[name].parameters()) for name in NETWORK_NAMES}
+    memory: dict[str, Memory] = {}
+    for name, count in parameters.items():
+        size = 4 * count  # float32; bfloat16 is for what lies between the layers
+        learns = size if name in trained else 0
+        memory[name] = Memory(size, learns, 2 * learns, size if name in EMA_NETWORKS else 0)
+    most = max(config.training.batch_size // workers for workers in config.world_sizes)
+    at_once = most // config.training.gradient_accumulation_steps
+    return ModelPlan(image, at_once, parameters, memory, phases)
+
+
+def _plan_phase(config: Config, image: ImageShape, phase: Phase) -> PhasePlan:
+    settings, batch_size = config.objective_of(phase), config.training.batch_size
+    # The perceptual network may be a TorchScript file, which computes on real devices only.
+    device = torch.device("cpu" if settings.perceptual_weight else "meta")
+    networks = outline_networks(config.model, image)
+    if device.type == "cpu":
+        for parameter in networks.to_empty(device="cpu").parameters():
+            torch.nn.init.zeros_(parameter)
+    objective = build_objective(phase, settings, networks, batch_size=batch_size)
+    group = getattr(config.model, "minibatch_std", 0) or 1
     count = -(-COUNTED_IMAGES // group) * group
-    x = standard_normal((count, image.channels, image.height, image.width), 0, "describe").clamp(-1, 1)
+    x = torch.zeros(count, image.channels, image.height, image.width, device=device)
+    shapes = objective.noise_shapes(batch_size).items()
     noise = {
-        name: standard_normal((count, *shape[1:]), 0, "describe", name)
-        for name, shape in objective.noise_shapes(batch_size).items()
+        name: standard_normal((1, *shape[1:]), 0, "describe").to(device).expand(count, *shape[1:])
+        for name, shape in shapes
     }
-    with FlopCounter() as counter:
-        for stage in objective.stages:
-            stage.focus()
-            # Past the first step, where the lazy penalties of step 0 are not due.
-            stage(x, noise, batch_size)[0].backward()
-    images = state.config.phase_images(phase)
-    flops = counter.total / count
-    return PhasePlan(phase.name, objective.trained, images, images // batch_size, flops)
+    every = settings.penalty_interval
+    meters = []
+    # The first step has the lazy penalties, the second has not.
+    for images_seen in (0, batch_size) if every > 1 else (0,):
+        meter = CostMeter(objective.networks)
+        with meter.watch():
+            for stage in objective.stages:
+                stage.focus()
+                stage(x, noise, images_seen)[0].backward()
+        meters.append(meter)
+    rare, usual = meters[0], meters[-1]
+    names = [*NETWORK_NAMES, "losses"]
+    flops = {n: (usual.flops[n] + (rare.flops[n] - usual.flops[n]) / every) / count for n in names}
+    worst = max(meters, key=lambda meter: meter.saved.total())
+    images = config.phase_images(phase)
+    activations = {name: worst.saved[name] / count for name in names}
+    return PhasePlan(phase.name, objective.trained, images, images // batch_size, flops, activations)

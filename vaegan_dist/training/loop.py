@@ -8,22 +8,28 @@ from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vaegan_dist.config import Config, Phase
+from vaegan_dist.data.augment import Augmentation
+from vaegan_dist.data.bad_samples import BadSamples
 from vaegan_dist.data.dataset import ShardDataset, open_dataset
 from vaegan_dist.data.loader import train_batches
+from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import VaeganError
 from vaegan_dist.models import ImageShape
 from vaegan_dist.reporting.records import Record
 from vaegan_dist.training.checkpoint import Checkpoint
+from vaegan_dist.training.evaluating import Evaluations, EvaluationStoppedError
 from vaegan_dist.training.guard import Watch, worst_skips
 from vaegan_dist.training.keeper import Keeper
 from vaegan_dist.training.memory import advice, is_out_of_memory
-from vaegan_dist.training.meter import Agreement, Meter
+from vaegan_dist.training.meter import Agreement, Meter, from_all_ranks
+from vaegan_dist.training.observer import Observer
 from vaegan_dist.training.presence import RunLock, take_folder
 from vaegan_dist.training.resume import refuse_changes, refuse_other_data, run_folder
 from vaegan_dist.training.runtime import Runtime
@@ -33,6 +39,8 @@ from vaegan_dist.training.step import Step
 from vaegan_dist.training.storage import storage_trouble
 from vaegan_dist.training.watchdog import Watchdog
 from vaegan_dist.training.writer import COMPARED, Writer
+
+FETCH_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -62,13 +70,15 @@ class Training:
             config.data.path,
             in_memory=config.data.in_memory,
             max_bad_samples=config.data.max_bad_samples,
+            counted_elsewhere=True,
             cache_dir=config.data.cache_dir,
             cache_bytes=config.data.cache_bytes,
         )
         manifest = self.dataset.manifest
         self.image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+        self.augment = Augmentation(config.run.seed, config.data.flip, config.data.random_crop, runtime.device)
         self.identity: dict[str, Any] = {"samples": list(self.dataset.shard_samples), "streams": config.streams}
-        take_folder(self.folder, lock, runtime)
+        take_folder(self.folder, lock, runtime, shared=not is_remote(config.run.storage))
         self.keeper = Keeper(config, self.folder, runtime)
         self.agreement = Agreement(runtime)
         found, self.complaints = self.keeper.newest()
@@ -78,7 +88,9 @@ class Training:
         self._load(found)
         self.resumed_at = found.progress.images_seen if found else None
         self.state.progress.restarts += found is not None
+        self.observer = Observer(config, runtime, self.dataset, lambda: self.bad_samples.by_shard())
         self.originals = self.dataset.read(range(min(COMPARED, len(self.dataset)))).images
+        self.evaluations = Evaluations(config, self.image, runtime)
         self.clock = time.perf_counter() - self.state.progress.seconds
 
     def _load(self, found: Checkpoint | None) -> None:
@@ -86,6 +98,8 @@ class Training:
         self.state: TrainState = create_state(self.config, self.image, self.runtime.device, self.dtype)
         self.interval: Interval | None = None
         self.watch = Watch()
+        account = found.data.get("bad_samples") if found else None
+        self.bad_samples = BadSamples(self.dataset, self.config.data.max_bad_samples, account)
         if found is not None:
             self.keeper.restore(self.state, found)
             self.interval, self.watch = found.interval, Watch.from_json(found.watch)
@@ -95,6 +109,7 @@ class Training:
         if self.state.finished:
             self.runtime.publish({"event": "end", "reason": "already done", **self._place()})
             return Outcome("already done", self.state.progress.images_seen, self.keeper.newest_path)
+        self.evaluations.open()
         timeout = self.config.cluster.step_timeout_seconds
         with (
             closing(Watchdog(timeout, self.runtime.rank, self.runtime.abandon)) as self.watchdog,
@@ -110,6 +125,8 @@ class Training:
                 raise
 
     def _run_phases(self) -> Outcome:
+        if self._evaluate()[1]:  # one that was due when the run was stopped
+            return self._end("stopped")
         for phase in self._phases():
             end = self._run_phase(phase)
             if end is PhaseEnd.DIVERGED:
@@ -130,6 +147,7 @@ class Training:
         if not state.progress.phase_images:
             self.writer.log({"event": "phase", "trains": ",".join(step.trained), **self._place()})
         meter = Meter.begin(step, self.interval)
+        self.observer.begin(step)
         self.interval = None
         batches = train_batches(
             self.dataset,
@@ -143,16 +161,21 @@ class Training:
             loader_workers=config.data.loader_workers,
             prefetch=config.data.prefetch,
             pin_memory=runtime.device.type == "cuda",
+            remainder=config.data.remainder,
         )
         stopping = False
         with closing(batches):
+            self._await_shards()
             while not state.phase_done:
                 self._doing("reading data")
                 waiting = time.perf_counter()
+                epoch = state.progress.position.epoch
                 position, batch = next(batches)
                 meter.waited += time.perf_counter() - waiting
                 self._doing("training")
-                step(batch.images)
+                self.bad_samples.consume(batch.ids)
+                step(self.augment(batch, epoch))
+                self.observer.after_step(step, meter, waiting)
                 state.advance(config.training.batch_size, position)
                 meter.images += config.training.batch_size
                 log = self._due(config.reporting.log_images) or state.phase_done
@@ -165,11 +188,18 @@ class Training:
                 if self._due(config.reporting.sample_images) or state.phase_done:
                     self._doing("drawing pictures")
                     self.writer.pictures(state, self.originals)
-                if save:
+                best, stopped = self._evaluate()
+                stopping = stopping or stopped
+                if save or best or stopped:
                     self._checkpoint(meter)
                 if stopping:
                     break
         return PhaseEnd.STOPPED if stopping and not state.finished else PhaseEnd.DONE
+
+    def _await_shards(self) -> None:
+        """Have what the first batches need on every node, with a sign of life: it may take longer than a step may."""
+        while self.dataset.remote and self.agreement.any(self.dataset.fetching(FETCH_SECONDS)):
+            self._doing("fetching shards")
 
     def _due(self, interval: int) -> bool:
         """Whether the last step passed a multiple of `interval` images."""
@@ -181,11 +211,27 @@ class Training:
 
     def _log(self, step: Step, meter: Meter) -> None:
         self._doing("logging")
-        means: Record = {**meter.take()}
+        means: Record = {**meter.take(), **self.observer.measurements(self.state.progress.images_seen)}
         self.state.progress.skipped_steps += round(float(means["skipped_steps"] or 0))
         self.writer.log({"event": "train", **self._place(), **means, **step.rates()})
-        for message in self.watch.look(step.phase.name, means):
+        self.bad_samples.agree(partial(from_all_ranks, self.runtime))
+        for message in [*self.bad_samples.news(), *self.watch.look(step.phase.name, means)]:
             self._warn(message)
+        self.bad_samples.check()
+
+    def _evaluate(self) -> tuple[bool, bool]:
+        """Evaluate if it is due; whether these weights are the best so far, and whether somebody asked to stop."""
+        if not self.evaluations.due(self.state):
+            return False, False
+        try:
+            found = self.evaluations.run(self.state, self._doing)
+        except EvaluationStoppedError:
+            if self.state.finished:
+                self._warn("the last evaluation was left out to stop at once; run `vaegan-dist evaluate` for it")
+            return False, True
+        self.writer.log({"event": "evaluation", **self._place(), **found})
+        numbers = {key: value for key, value in found.items() if not isinstance(value, str)}
+        return self.keeper.note_metric(self.state.progress.images_seen, numbers), False
 
     def _meet(self) -> bool:
         """Whether to stop; and every rank learns whether the checkpoint under way stands."""
@@ -214,8 +260,10 @@ class Training:
         self._doing("copying for a checkpoint")
         self.state.progress.seconds = started - self.clock
         interval, watch = meter.interval(), self.watch.to_json()
+        self.bad_samples.agree(partial(from_all_ranks, self.runtime))
+        data = {**self.identity, "bad_samples": self.bad_samples.to_json()}
         row = {"event": "checkpoint", **self._place()}
-        self.keeper.begin(self.state, row, data=self.identity, interval=interval, watch=watch)
+        self.keeper.begin(self.state, row, data=data, interval=interval, watch=watch)
         row["checkpoint_seconds"] = time.perf_counter() - started
 
     def _roll_back(self) -> None:
@@ -270,6 +318,9 @@ class Training:
     def _end(self, reason: str) -> Outcome:
         self._await_checkpoint()
         self._doing("ending")
+        for message in self.bad_samples.summary() if reason == "done" else []:
+            self._warn(message)
+        self.observer.close()
         self.writer.log({"event": "end", "reason": reason, **self._place()})
         self.writer.draw_curves()
         return Outcome(reason, self.state.progress.images_seen, self.keeper.newest_path)

@@ -83,8 +83,8 @@ class RunLock:
         return f"{who} trains this run already; wait until it has ended, stop it, or choose another run.name"
 
 
-def take_folder(folder: Path, lock: RunLock, runtime: Runtime) -> None:
-    """Lock the run's folder and make sure that every rank sees what rank 0 writes there.
+def take_folder(folder: Path, lock: RunLock, runtime: Runtime, shared: bool = True) -> None:
+    """Lock the run's folder and make sure that every rank sees what rank 0 writes there, if it is `shared`.
 
     Raises:
         ConfigError: on every rank alike; names the key, the rank and its host.
@@ -95,7 +95,7 @@ def take_folder(folder: Path, lock: RunLock, runtime: Runtime) -> None:
         try:
             held = lock.acquire()
             problem = f"run.name={folder.name}: {held}" if held else ""
-            if not problem and runtime.world_size > 1:
+            if not problem and shared and runtime.world_size > 1:
                 write_whole(probe, token.encode())
         except OSError as error:
             problem = (
@@ -105,7 +105,7 @@ def take_folder(folder: Path, lock: RunLock, runtime: Runtime) -> None:
     host, probe, problem = from_rank_0(runtime, (socket.gethostname(), probe, problem))
     if problem:
         raise ConfigError(problem)
-    if runtime.world_size > 1:
+    if shared and runtime.world_size > 1:
         _compare_sights(probe, host, runtime)
 
 

@@ -1,11 +1,14 @@
 """Whether a run starts, continues or is over, and which changes of its configuration it may continue with."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from vaegan_dist.config import Config
+from vaegan_dist.data.cache import cache_folder, content_key
+from vaegan_dist.data.urls import is_remote, local_path
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.training.checkpoint import Checkpoint
+from vaegan_dist.training.state import Progress
 
 LOCK = ".lock"
 # What may differ from the checkpoint: where and how often, never what is computed.
@@ -26,14 +29,33 @@ MAY_CHANGE = (
     "training.max_rollbacks",
     "training.rollback_rate_factor",
     "reporting",
+    "evaluation",
     "checkpoint",
     "cluster",
 )
 
 
+class Standing(Protocol):
+    """A checkpoint that stands, as far as the policy looks at it."""
+
+    @property
+    def config(self) -> Config:
+        """What it was trained with."""
+
+    @property
+    def progress(self) -> Progress:
+        """How far."""
+
+
 def run_folder(config: Config) -> Path:
-    """The folder of a run: history, pictures and checkpoints."""
-    return Path(config.run.storage).expanduser() / config.run.name
+    """The folder of a run on this machine: history, pictures and checkpoints; a copy, where the storage is a URL."""
+    storage = config.run.storage
+    if is_remote(storage):
+        cache = cache_folder("runs")
+        if cache is None:
+            raise ConfigError(f"run.storage={storage}: no folder for a copy can be made here; set VAEGAN_CACHE to one")
+        return cache / content_key(storage.rstrip("/")) / config.run.name
+    return Path(local_path(storage)).expanduser() / config.run.name
 
 
 def refuse_existing(folder: Path) -> None:
@@ -46,7 +68,7 @@ def refuse_existing(folder: Path) -> None:
         )
 
 
-def refuse_changes(config: Config, checkpoint: Checkpoint) -> None:
+def refuse_changes(config: Config, standing: Standing) -> None:
     """A run continues only with the configuration that it computes from.
 
     Budgets may grow, and phases that have not begun may change.
@@ -54,15 +76,15 @@ def refuse_changes(config: Config, checkpoint: Checkpoint) -> None:
     Raises:
         ConfigError: names the first key that differs, with both values.
     """
-    old, new = checkpoint.config.model_dump(), config.model_dump()
-    under_way = checkpoint.progress.phase
+    old, new = standing.config.model_dump(), config.model_dump()
+    under_way = standing.progress.phase
     started = [dict(phase) for phase in old.pop("phases")[: under_way + 1]]
     phases = [dict(phase) for phase in new.pop("phases")[: under_way + 1]]
-    _same_phases(started, phases, checkpoint)
-    for key, before, after in _differences(old, new):
+    _same_phases(started, phases, standing.progress)
+    for key, was, now in differences(old, new):
         if not any(key == allowed or key.startswith(allowed + ".") for allowed in MAY_CHANGE):
             raise ConfigError(
-                f"{key}={after}: the run '{config.run.name}' was started with {before}; restore it, or choose another "
+                f"{key}={now}: the run '{config.run.name}' was started with {was}; restore it, or choose another "
                 f"run.name for a new run"
             )
 
@@ -81,26 +103,26 @@ def refuse_other_data(identity: dict[str, Any], checkpoint: Checkpoint) -> None:
         )
 
 
-def _same_phases(started: list[dict[str, Any]], phases: list[dict[str, Any]], checkpoint: Checkpoint) -> None:
+def _same_phases(started: list[dict[str, Any]], phases: list[dict[str, Any]], progress: Progress) -> None:
     if len(phases) < len(started):
         raise ConfigError(f"phases: the run has begun phase '{started[-1]['name']}', which the configuration lacks")
     for number, (before, after) in enumerate(zip(started, phases, strict=False)):
-        open_ended = number == checkpoint.progress.phase
-        if open_ended and after["images"] >= checkpoint.progress.phase_images:
+        open_ended = number == progress.phase
+        if open_ended and after["images"] >= progress.phase_images:
             before = {**before, "images": after["images"]}
-        for key, was, now in _differences(before, after):
+        for key, was, now in differences(before, after):
             raise ConfigError(
                 f"phases.{before['name']}.{key}={now}: the run has trained on this phase with {was}; restore it, "
                 f"or choose another run.name for a new run"
             )
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = list(dict.fromkeys([*old, *new]))
         return [
             row
             for key in keys
-            for row in _differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+            for row in differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
         ]
     return [] if old == new else [(prefix, old, new)]

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 
 from vaegan_dist.reporting.records import Record
+from vaegan_dist.reporting.snapshot import RankSnapshot
 
 
 class Runtime(Protocol):
@@ -19,6 +20,9 @@ class Runtime(Protocol):
 
     def publish(self, record: Record) -> None:
         """Hand a record to whoever watches the run. Called on rank 0 only; never blocks, never fails the run."""
+
+    def observe(self, snapshot: RankSnapshot) -> None:
+        """Hand this rank's own measurements to whoever watches. Never blocks, never fails the run."""
 
     def checkpointed(self, metrics: dict[str, float], checkpoint: Path) -> None:
         """Tell that a whole checkpoint stands. Every rank calls it, equally often."""
@@ -42,6 +46,9 @@ class SingleProcess:
     def publish(self, record: Record) -> None:
         """Keep the record, for whoever owns this runtime."""
         self.records.append(record)
+
+    def observe(self, snapshot: RankSnapshot) -> None:
+        """Nobody watches."""
 
     def checkpointed(self, metrics: dict[str, float], checkpoint: Path) -> None:
         """Nobody to tell."""

@@ -5,9 +5,13 @@ import time
 from collections import deque
 from enum import IntEnum
 from pathlib import Path
+from typing import Any
 
 from vaegan_dist.config import CheckpointSection
+from vaegan_dist.training.best import point_to
+from vaegan_dist.training.checkpoint import folder_name
 from vaegan_dist.training.commit import prune, write_checkpoint
+from vaegan_dist.training.remote import RemoteRun, SupersededError
 from vaegan_dist.training.snapshot import Snapshot
 from vaegan_dist.training.storage import storage_trouble
 
@@ -27,8 +31,8 @@ class Saver:
     goes on: each failure is a warning, the last one is the run's end.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSection) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(self, folder: Path, settings: CheckpointSection, remote: RemoteRun | None = None) -> None:
+        self.folder, self.settings, self.remote = folder, settings, remote
         self.error = ""
         self._warnings: deque[str] = deque()
         self._verdict = Verdict.PENDING
@@ -76,20 +80,36 @@ class Saver:
     def _run(self, snapshot: Snapshot) -> None:
         for attempt in range(1, self.settings.write_attempts + 1):
             try:
-                write_checkpoint(snapshot, self.folder)
-                prune(self.folder, self.settings.keep_last, self.settings.keep_every_images)
+                written = write_checkpoint(snapshot, self.folder)
+                self._tidy(snapshot)
+                if self.remote is not None:
+                    self.remote.push(written)
+            except SupersededError as error:
+                self.error = str(error)
+                self._verdict = Verdict.FAILED
+                return
             except Exception as error:
                 # Whatever it is, it must reach the training thread: a run without checkpoints is no run.
                 line = f"{self._explain(error)} (attempt {attempt} of {self.settings.write_attempts})"
-                if attempt == self.settings.write_attempts or self._hurry.wait(self.settings.retry_seconds):
+                pause = attempt * self.settings.retry_seconds
+                if attempt == self.settings.write_attempts or self._hurry.wait(pause):
                     self.error = line
                     self._verdict = Verdict.FAILED
                     return
-                self._warnings.append(f"{line}; trying again in {self.settings.retry_seconds:g} s")
+                self._warnings.append(f"{line}; trying again in {pause:g} s")
             else:
                 self._verdict = Verdict.STANDS
                 return
 
+    def _tidy(self, snapshot: Snapshot) -> None:
+        """With the new checkpoint in place: name the best one, and remove what is not kept."""
+        best: dict[str, Any] | None = snapshot.summary["best"]
+        name = folder_name(best["images_seen"]) if best else ""
+        point_to(self.folder, best, name)
+        kept = self.folder / name if best else None
+        prune(self.folder, self.settings.keep_last, self.settings.keep_every_images, kept)
+
     def _explain(self, error: Exception) -> str:
         cause = storage_trouble(error, self.folder) or " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        return f"no checkpoint could be written below {self.folder}: {cause}"
+        place = self.remote.url if self.remote else self.folder
+        return f"no checkpoint could be written below {place}: {cause}"

@@ -29,7 +29,11 @@ def ema_decay(settings: EmaSection, images_seen: int, batch_size: int) -> float:
     With half-life h the weight of an old value halves every h images; during the ramp-up h is at most
     `ramp_up` × images_seen, so that the random start is forgotten (as in Karras et al. 2024, arXiv 2312.02696).
     """
-    half_life = float(settings.half_life_images)
-    if settings.ramp_up:
-        half_life = min(half_life, settings.ramp_up * images_seen)
+    half_life = ema_half_life(settings, images_seen)
     return 0.5 ** (batch_size / half_life) if half_life > 0 else 0.0
+
+
+def ema_half_life(settings: EmaSection, images_seen: int) -> float:
+    """Images after which an old value counts half, at this place of the run."""
+    half_life = float(settings.half_life_images)
+    return min(half_life, settings.ramp_up * images_seen) if settings.ramp_up else half_life

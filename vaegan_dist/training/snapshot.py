@@ -10,6 +10,8 @@ import vaegan_dist
 from vaegan_dist.config_source import dump_yaml
 from vaegan_dist.training.state import TrainState
 
+MEMORY = "memory/"
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -42,12 +44,21 @@ class Snapshots:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, str], Tensor] = {}
 
-    def take(self, state: TrainState, *, data: dict[str, Any], interval: Interval, watch: dict[str, Any]) -> Snapshot:
+    def take(
+        self,
+        state: TrainState,
+        *,
+        data: dict[str, Any],
+        interval: Interval,
+        watch: dict[str, Any],
+        best: dict[str, Any] | None = None,
+    ) -> Snapshot:
         """Copy the state; the snapshot before this one must be written by now, since its memory is used again.
 
         Args:
             data: what identifies the data set and the order; compared on resume.
             interval, watch: the log interval under way and the state of the divergence watch.
+            best: the best evaluation so far.
         """
         files = {
             "model.safetensors": self._copy("model", state.networks.state_dict()),
@@ -65,6 +76,7 @@ class Snapshots:
             "keep": state.phase_done,
             "interval": asdict(interval),
             "watch": watch,
+            "best": best,
             "versions": {"vaegan_dist": vaegan_dist.__version__, "torch": torch.__version__},
         }
         return Snapshot(state.progress.images_seen, files, dump_yaml(state.config), summary)
@@ -83,8 +95,8 @@ class Snapshots:
 
 
 def optimizer_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Adam's moments and step counts by `<network>.<parameter>/<moment>`."""
-    tensors = {}
+    """Adam's moments and steps by `<network>.<parameter>/<moment>`, the objectives' memory by `memory/<name>`."""
+    tensors = {MEMORY + name: tensor for name, tensor in state.memory.items()}
     for network, optimizer in state.optimizers.items():
         for name, parameter in state.networks[network].named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():

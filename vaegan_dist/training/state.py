@@ -27,6 +27,7 @@ class Progress:
     restarts: int = 0
     skipped_steps: int = 0
     rollbacks: int = 0
+    evaluated: int = 0
 
     def to_json(self) -> dict[str, object]:
         """Plain data for a checkpoint."""
@@ -51,6 +52,15 @@ class TrainState:
     ema: nn.ModuleDict
     optimizers: dict[NetworkName, torch.optim.Adam]
     progress: Progress
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    """what objectives remember from step to step, by name"""
+
+    def recall(self, memory: dict[str, Tensor]) -> None:
+        """Fill an objective's memory with what the run remembers, and keep it from now on."""
+        for name, tensor in memory.items():
+            if name in self.memory:
+                tensor.copy_(self.memory[name])
+            self.memory[name] = tensor
 
     @property
     def device(self) -> torch.device:
@@ -99,6 +109,16 @@ class TrainState:
             torch._foreach_lerp_(average, current, weight)
             for target, source in zip(self.ema[name].buffers(), self.networks[name].buffers(), strict=True):
                 target.copy_(source)
+
+    @torch.no_grad()
+    def ema_distance(self) -> Tensor:
+        """|average - weights| / |weights| over encoder and decoder."""
+        current = [tensor.detach() for name in EMA_NETWORKS for tensor in self.networks[name].parameters()]
+        average = [tensor for name in EMA_NETWORKS for tensor in self.ema[name].parameters()]
+        apart = [tensor - other for tensor, other in zip(average, current, strict=True)]
+        lengths = [torch.stack(torch._foreach_norm(part)).square().sum() for part in (apart, current)]
+        distance: Tensor = (lengths[0] / lengths[1]).sqrt()
+        return distance
 
 
 def create_state(config: Config, image: ImageShape, device: torch.device, dtype: torch.dtype) -> TrainState:

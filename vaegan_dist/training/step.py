@@ -6,15 +6,21 @@ Nothing here waits for the device: terms are summed on it and read only when the
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vaegan_dist.config import NetworkName, Phase
 from vaegan_dist.evaluation.pictures import to_float
+from vaegan_dist.models.stateful import stateful_layers
 from vaegan_dist.objectives import Objective, build_objective
+from vaegan_dist.objectives.base import LATENT, Terms
 from vaegan_dist.seeding import standard_normal
+from vaegan_dist.training.compiled import compile_networks
 from vaegan_dist.training.schedule import ema_decay, rate_factor
 from vaegan_dist.training.state import TrainState
+
+LATENT_STATISTICS = ("latent_kl", "latent_mu", "latent_mu2")
 
 
 class Step:
@@ -39,10 +45,17 @@ class Step:
         )
         self.trained: tuple[NetworkName, ...] = self.objective.trained
         self.stages: tuple[Objective, ...] = self.objective.stages
+        for stage in self.stages:
+            state.recall(stage.memory)
+        self.layers = {name: stateful_layers(state.networks[name]) for name in self.trained}
+        self.compiled = compile_networks(state, self.objective, config.objective_of(phase))
         self.modules: list[nn.Module] = [self._wrapped(stage) for stage in self.stages]
+        self.units = next((stage.latent_units for stage in self.stages if stage.latent_units), 0)
         self.term_names = (
             *self.objective.term_names,
+            *(f"gated_{name}" for name in self.objective.gated),
             *(f"grad_norm_{name}" for name in self.trained),
+            *(f"{what}.{unit}" for what in LATENT_STATISTICS for unit in range(self.units)),
             "skipped_steps",
         )
         self.sums = torch.zeros(len(self.term_names), dtype=torch.float64, device=self.device)
@@ -61,27 +74,36 @@ class Step:
 
     def __call__(self, images: Tensor) -> None:
         """Train on this rank's rows `[B / world_size, C, H, W]` of the next global batch (uint8)."""
+        self.compiled.begin_step()
         x = self._to_device(images)
         noise = self._noise()
         for name in self.trained:
             self.state.optimizers[name].zero_grad(set_to_none=self.world_size == 1)
         terms: list[Tensor] = []
+        latent: list[Tensor] = []
         norms: dict[NetworkName, Tensor] = {}
+        held: Terms = {}
         skip = torch.zeros((), device=self.device)
         for stage, module in zip(self.stages, self.modules, strict=True):
             if len(self.stages) > 1:
                 stage.focus()
             each = [self._backward(stage, module, x, noise, index) for index in range(self.micro_batches)]
-            terms.append(torch.stack(each).mean(0))
+            of_stage, of_units = torch.stack(each).mean(0).tensor_split([len(stage.term_names)])
+            terms.append(of_stage)
+            latent.append(of_units)
+            means = self._shared(stage, of_stage)
+            held |= stage.held_back(means)
             norms |= {name: self._clip(name) for name in stage.trained}
             finite = torch.isfinite(torch.stack([norms[name] for name in stage.trained])).all()
             # A stage after a skipped one is skipped too.
             skip = torch.maximum(skip, 1.0 - finite.to(torch.float32))
-            self._optimize(stage, skip)
+            self._optimize(stage, skip, held)
+            stage.remember(means, skip)
         images_seen = self.state.progress.images_seen + self.batch_size
         decay = ema_decay(self.state.config.ema, images_seen, self.batch_size)
         self.state.update_ema(decay, skip)
-        self._accumulate(torch.cat(terms), [norms[name] for name in self.trained], skip)
+        flags = [*(held[name] for name in self.objective.gated), *(norms[name] for name in self.trained)]
+        self._accumulate([*terms, torch.stack(flags).to(torch.float64), *latent], skip)
 
     def _to_device(self, images: Tensor) -> Tensor:
         x = to_float(images.to(self.device, non_blocking=True), self.dtype)
@@ -103,7 +125,7 @@ class Step:
         return drawn
 
     def _backward(self, stage: Objective, module: nn.Module, x: Tensor, noise: dict[str, Tensor], index: int) -> Tensor:
-        """Gradients of one micro-batch, summed onto the others; returns its terms, stacked."""
+        """Gradients of one micro-batch, summed onto the others; returns its terms and unit statistics, stacked."""
         size = self.rows // self.micro_batches
         part = slice(index * size, (index + 1) * size)
         last = index == self.micro_batches - 1
@@ -116,7 +138,17 @@ class Step:
                     x[part], {name: value[part] for name, value in noise.items()}, self.state.progress.phase_images
                 )
             (loss / self.micro_batches).backward()
-        return torch.stack([terms[name].to(torch.float64) for name in stage.term_names])
+        scalars = torch.stack([terms[name].to(torch.float64) for name in stage.term_names])
+        return torch.cat([scalars, terms[LATENT].to(torch.float64).flatten()]) if stage.latent_units else scalars
+
+    def _shared(self, stage: Objective, terms: Tensor) -> Terms:
+        """Means over all ranks of the terms that a stage decides by; no talk where it asks for none."""
+        if not stage.shared_terms:
+            return {}
+        values = terms[[stage.term_names.index(name) for name in stage.shared_terms]]
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return dict(zip(stage.shared_terms, (values / self.world_size).unbind(), strict=True))
 
     def _autocast(self) -> AbstractContextManager[None]:
         enabled = self.state.config.training.mixed_precision == "bf16"
@@ -134,7 +166,8 @@ class Step:
             torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _optimize(self, stage: Objective, skip: Tensor) -> None:
+    def _optimize(self, stage: Objective, skip: Tensor, held: Terms) -> None:
+        """Move what a stage trains, but for networks that are held back; a skipped step moves nothing."""
         settings = self.state.config.optimizer
         budget = self.state.config.phase_images(self.phase)
         # The rate of a step is that of the images it will have seen, so that a warm-up never wastes a step at zero.
@@ -145,11 +178,14 @@ class Step:
             optimizer = self.state.optimizers[name]
             optimizer.param_groups[0]["lr"] = settings.rate_of(name) * factor
             # The fused kernel reads this flag on the device and leaves weights and moments alone when it is set.
-            optimizer.found_inf = skip  # type: ignore[attr-defined]
+            stays = torch.maximum(skip, held[name]) if name in held else skip
+            optimizer.found_inf = stays  # type: ignore[attr-defined]
             optimizer.step()
+            for layer in self.layers[name]:
+                layer.advance(stays)
 
-    def _accumulate(self, terms: Tensor, norms: list[Tensor], skip: Tensor) -> None:
-        values = torch.cat([terms, torch.stack(norms).to(torch.float64)])
+    def _accumulate(self, parts: list[Tensor], skip: Tensor) -> None:
+        values = torch.cat(parts)
         # A skipped step counts as skipped and enters no mean.
         values = torch.where(skip > 0, torch.zeros_like(values), values)
         self.sums += torch.cat([values, skip.to(torch.float64).reshape(1)])

@@ -18,6 +18,8 @@ REMEDIES = {
 
 def storage_trouble(error: BaseException, folder: Path) -> str:
     """Cause, free space and remedy; empty for an error that is none of the storage's."""
+    if isinstance(error, FileNotFoundError) and not folder.is_dir():
+        return "the folder is gone: removed, or its storage unmounted; bring it back"
     number = error.errno if isinstance(error, OSError) else None
     if number not in REMEDIES and not isinstance(error, OSError):
         # safetensors wraps the system's error into one of its own and keeps only the words.

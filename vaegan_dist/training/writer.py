@@ -1,7 +1,10 @@
 """What rank 0 leaves in the run's folder while it trains: history, pictures, curves, configuration."""
 
+from collections import deque
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -13,12 +16,15 @@ from vaegan_dist.files import write_whole
 from vaegan_dist.models import latent_shape
 from vaegan_dist.reporting.curves import plot_curves
 from vaegan_dist.reporting.records import Record
-from vaegan_dist.reporting.sinks import Fanout, Guarded, History, Sink, TensorBoard
+from vaegan_dist.reporting.sinks import Fanout, Sink
+from vaegan_dist.reporting.trackers import open_sinks
 from vaegan_dist.seeding import standard_normal
 from vaegan_dist.training.runtime import Runtime
 from vaegan_dist.training.state import TrainState
 
 COMPARED = 16
+# Of each network's weights, taken evenly: enough for a histogram.
+WEIGHTS_SHOWN = 20_000
 
 
 class Writer:
@@ -32,6 +38,8 @@ class Writer:
         self.config, self.folder, self.runtime = config, folder, runtime
         self.active = runtime.rank == 0
         self.sinks: Sink | None = None
+        # What trackers say in threads of their own, until the next record.
+        self.troubles: deque[str] = deque()
         if self.active:
             folder.mkdir(parents=True, exist_ok=True)
             write_whole(folder / "config.yaml", dump_yaml(config).encode())
@@ -44,16 +52,16 @@ class Writer:
             self.sinks = self._open_sinks(images_seen)
 
     def _open_sinks(self, resume_at: int | None) -> Sink:
-        sinks: list[Sink] = [History(self.folder / "history.jsonl", resume_at)]
-        if self.config.reporting.tensorboard:
-            sinks.append(Guarded(TensorBoard(self.folder / "tensorboard", resume_at), name="TensorBoard"))
-        return Fanout(sinks)
+        return Fanout(open_sinks(self.config, self.folder, resume_at, self.troubles.append))
 
     def log(self, record: Record) -> None:
         """One row of the history, and one message to whoever watches."""
         if self.sinks is not None:
             self.sinks.log(record)
             self.runtime.publish(record)
+            while self.troubles:
+                place: Record = {key: record[key] for key in ("images_seen", "phase") if key in record}
+                self.log({"event": "warning", "message": self.troubles.popleft(), **place})
 
     def pictures(self, state: TrainState, originals: Tensor) -> None:
         """Samples and reconstructions of the averaged networks; the same z and originals every time.
@@ -68,6 +76,8 @@ class Writer:
             save_png(image, self.folder / "pictures" / f"{name}-{seen:012d}-{state.phase.name}.png")
             save_png(image, self.folder / f"{name}.png")
             self.sinks.pictures(name, image, seen)
+        for name, values in distributions(state, originals).items():
+            self.sinks.histogram(name, values, state.progress.images_seen)
         self.log({"event": "pictures", "images_seen": state.progress.images_seen, "phase": state.phase.name})
 
     @torch.no_grad()
@@ -86,10 +96,25 @@ class Writer:
 
     def draw_curves(self) -> None:
         """The history as a picture."""
-        if self.active:
+        if self.active and self.config.reporting.curves:
             plot_curves(self.folder / "history.jsonl", self.folder / "curves.png")
 
     def close(self) -> None:
         """Flush everything."""
         if self.sinks is not None:
             self.sinks.close()
+            while self.troubles:
+                self.runtime.publish({"event": "warning", "message": self.troubles.popleft()})
+
+
+@torch.no_grad()
+def distributions(state: TrainState, originals: Tensor) -> dict[str, npt.NDArray[np.float32]]:
+    """What is looked at as a histogram: posteriors of the compared pictures, and the weights of each network."""
+    encoder = state.ema["encoder"]
+    reference = next(encoder.parameters())
+    posterior = encoder(to_float(originals.to(reference.device), reference.dtype))
+    found = {"latent/mu": posterior.mu, "latent/logvar": posterior.logvar}
+    for name, network in state.networks.items():
+        weights = torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
+        found[f"weights/{name}"] = weights[:: max(weights.numel() // WEIGHTS_SHOWN, 1)]
+    return {name: values.flatten().float().cpu().numpy() for name, values in found.items()}

@@ -1,0 +1,121 @@
+"""What a trial costs beyond its training, against the plain loop; and whether a long sweep grows.
+
+    python benchmarks/sweep.py overhead DATA     # one-worker trials, 1 and 2 at a time; trials with a group of workers
+    python benchmarks/sweep.py growth DATA       # many trials: memory and open files of driver and trial processes
+
+The overhead of a trial is the time from its proposal (made when a slot is free) to its end, less the seconds that the
+plain loop takes for the same run in a warm process. The first trial of each slot pays for imports and is left out.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from vaegan_dist.config_source import load_config
+from vaegan_dist.training.loop import train
+from vaegan_dist.training.runtime import SingleProcess
+
+Event = dict[str, Any]
+SPACE = {"objective.beta": {"loguniform": [0.1, 10]}}
+RUN = ["reporting.tensorboard=false", "training.torch_threads=1", "reporting.metrics_port=0"]
+
+
+def plain_seconds(data: str, repeats: int) -> list[float]:
+    """Seconds of whole runs of the preset, one after the other in this process; the first, cold one is left out."""
+    taken = []
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(repeats + 1):
+            settings = [f"data.path={data}", f"run.storage={folder}", f"run.name=plain-{number}", *RUN]
+            config = load_config("smoke", overrides=[*settings, "checkpoint.images=512"])
+            began = time.perf_counter()
+            train(config, SingleProcess())
+            taken.append(time.perf_counter() - began)
+    return taken[1:]
+
+
+def sweep(data: str, folder: str, trials: int, concurrent: int, workers: int, watch: bool = False) -> list[Event]:
+    """Run a sweep of the same runs; the ledger's events, with samples of memory and files where `watch`."""
+    file = Path(folder) / "space.yaml"
+    settings = {"metric": "loss_rec", "trials": trials, "space": SPACE, "workers_per_trial": workers}
+    file.write_text(yaml.safe_dump({**settings, "concurrent": concurrent}))
+    name = f"sweep-{concurrent}-{workers}"
+    command = [sys.executable, "-m", "vaegan_dist.cli", "sweep", str(file), "--preset", "smoke", "--data", data]
+    command += ["--storage", folder, "--name", name, "--address", "local", *RUN]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ledger = Path(folder) / name / "trials.jsonl"
+    ended = 0
+    while driver.poll() is None:
+        time.sleep(0.5)
+        lines = ledger.read_text().splitlines() if ledger.exists() else []
+        now = sum('"ended"' in line for line in lines)
+        if watch and now >= ended + 10:
+            ended = now
+            print(f"{now:4d} trials  " + "  ".join(_sizes(driver.pid)), flush=True)
+    assert driver.returncode == 0, f"the sweep failed with code {driver.returncode}"
+    return [json.loads(line) for line in ledger.read_text().splitlines()]
+
+
+def _sizes(driver: int) -> list[str]:
+    """Memory of its own and open files of the driver and of each process that runs trials."""
+    parts = []
+    for process in [psutil.Process(driver), *psutil.Process(driver).children(recursive=True)]:
+        with contextlib.suppress(psutil.Error):
+            title = " ".join(process.cmdline())
+            name = "driver" if process.pid == driver else "trial" if title.startswith("ray::ImplicitFunc") else ""
+            if name:
+                memory = process.memory_full_info().uss / 2**20
+                parts.append(f"{name} {memory:.0f} MiB {process.num_fds()} files {process.num_threads()} threads")
+    return parts
+
+
+def from_proposal_to_end(events: list[Event], concurrent: int) -> list[float]:
+    """Seconds from a trial's proposal, which waits for a free slot, to its end in the ledger."""
+    begun = {event["trial"]: event["time"] for event in events if event["event"] == "created"}
+    ended = {event["trial"]: event["time"] for event in events if event["event"] == "ended"}
+    return [ended[trial] - begun[trial] for trial in sorted(ended) if trial >= concurrent]
+
+
+def overhead(data: str, trials: int) -> None:
+    """Print the overhead of each way to run a trial."""
+    alone = statistics.median(plain_seconds(data, 5))
+    print(f"plain loop                      {alone:6.2f} s for a run (median of 5)", flush=True)
+    for concurrent, workers, count in ((1, 1, trials), (2, 1, 2 * trials), (1, 2, 4)):
+        with tempfile.TemporaryDirectory() as folder:
+            gaps = from_proposal_to_end(sweep(data, folder, count, concurrent, workers), concurrent)
+        middle = statistics.median(gaps)
+        about = f"{middle:6.2f} s from proposal to end (median of {len(gaps)}), {middle - alone:+.2f} s against it"
+        print(f"{concurrent} at a time, {workers} workers each   {about}", flush=True)
+
+
+def growth(data: str, trials: int) -> None:
+    """Print sizes every ten trials."""
+    with tempfile.TemporaryDirectory() as folder:
+        events = sweep(data, folder, trials, 2, 1, watch=True)
+    print(f"{sum(event['event'] == 'ended' for event in events)} trials ended")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["overhead", "growth"])
+    parser.add_argument("data", help="prepared data set")
+    parser.add_argument("--trials", type=int, default=8)
+    options = parser.parse_args()
+    with contextlib.redirect_stderr(io.StringIO()):
+        (overhead if options.what == "overhead" else growth)(options.data, options.trials)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""Whole sweeps on a real Ray Tune on loopback: killed and continued, copied weights, mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+
+from tests.training.runs import rows_of, tensors_in
+from vaegan_dist.cli import main
+from vaegan_dist.config_source import load_config
+from vaegan_dist.sweeps.ledger import Ledger
+from vaegan_dist.sweeps.search import Proposals
+from vaegan_dist.sweeps.settings import SweepSettings
+from vaegan_dist.sweeps.space import read_space
+from vaegan_dist.training.checkpoint import open_checkpoint
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+TIMEOUT = 800
+SPACE = {
+    "objective.beta": {"loguniform": [0.1, 10]},
+    "optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]},
+}
+# One phase and few pictures: what is tested is the sweep.
+QUICK = [
+    "phases=[{name: joint, objective: vaegan, images: 1024}]",
+    "reporting.log_images=256",
+    "reporting.tensorboard=false",
+    "reporting.sample_images=1024",
+]
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """Variables for a driver whose Ray keeps its files, sockets and token to itself."""
+    # Unix sockets have short paths, so not below pytest's own folder.
+    with tempfile.TemporaryDirectory(prefix="vg", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+        yield {**kept, "RAY_TMPDIR": folder, "HOME": folder, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def sweep_file(folder: Path, **settings: object) -> Path:
+    path = folder / "space.yaml"
+    path.write_text(yaml.safe_dump({"metric": "loss_rec", "space": SPACE, **settings}))
+    return path
+
+
+def arguments(space: Path, digits: Path, storage: Path, *more: str) -> list[str]:
+    shared = ["sweep", str(space), "--preset", "smoke", "--data", str(digits), "--storage", str(storage)]
+    return [*shared, "--address", "local", *QUICK, *more]
+
+
+def start(environment: dict[str, str], command: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "vaegan_dist.cli", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def events_of(folder: Path) -> list[dict]:  # type: ignore[type-arg]
+    path = folder / "trials.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def wait_for(folder: Path, driver: subprocess.Popen[str], event: str, count: int) -> None:
+    """Wait until the ledger holds so many events of a kind."""
+    deadline = time.monotonic() + TIMEOUT
+    while sum(row["event"] == event for row in events_of(folder)) < count:
+        assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[0]
+        time.sleep(0.1)
+
+
+def trial_processes(environment: dict[str, str]) -> list[psutil.Process]:
+    """Processes of this test's own Ray in which trials run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        mine = (process.info["environ"] or {}).get("RAY_TMPDIR") == environment["RAY_TMPDIR"]
+        if mine and " ".join(process.info["cmdline"] or []).startswith("ray::ImplicitFunc"):
+            found.append(process)
+    return found
+
+
+def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
+    environment: dict[str, str], digits: Path, tmp_path: Path
+) -> None:
+    command = arguments(sweep_file(tmp_path, trials=5), digits, tmp_path, "--name", "killed")
+    folder = tmp_path / "killed"
+    driver = start(environment, command)
+    try:
+        wait_for(folder, driver, "row", 1)
+        trial_processes(environment)[0].kill()
+        wait_for(folder, driver, "ended", 2)
+    finally:
+        driver.kill()
+        driver.communicate(timeout=TIMEOUT)
+    before = Ledger(folder).trials
+    driver = start(environment, command)
+    said, _ = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0, said
+    assert "5 done" in said and "Done: 5 trials" in said and "Traceback" not in said
+
+    trials = Ledger(folder).trials
+    settings = SweepSettings.model_validate({"trials": 5, "metric": "loss_rec", "space": SPACE})
+    expected = Proposals(settings, read_space(SPACE), load_config("smoke"), Ledger(tmp_path / "x"), ("loss_rec",))
+    assert [trials[n].params for n in range(5)] == [made.params for _ in range(5) if (made := expected.next())]
+    for trial in trials.values():
+        assert trial.state == "done" and [row["images_seen"] for row in trial.rows] == [256, 512, 768, 1024]
+    assert all(trials[n] == trial for n, trial in before.items() if trial.ended), "an ended trial was touched"
+    assert (folder / "report.html").stat().st_size > 10_000
+
+    best = json.loads((folder / "sweep.json").read_text())["best"]
+    assert main(["train", "--config", str(folder / "best" / "config.yaml"), "--runtime", "local"]) == 0
+    again = [row["loss_rec"] for row in rows_of(tmp_path / "killed-best", "train")]
+    assert again == [row["loss_rec"] for row in trials[best].rows], "the winner does not come out again"
+
+
+def test_pbt_copies_weights_and_changes_values(environment: dict[str, str], digits: Path, tmp_path: Path) -> None:
+    space = sweep_file(tmp_path, trials=4, scheduler="pbt")
+    command = arguments(space, digits, tmp_path, "--name", "pbt", "checkpoint.keep_last=99")
+    driver = start(environment, command)
+    said, _ = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0, said
+    folder = tmp_path / "pbt"
+    changes = [event for event in events_of(folder) if event["event"] == "changed"]
+    assert changes, said
+    started = {event["trial"]: event["params"] for event in events_of(folder) if event["event"] == "created"}
+    for change in changes:
+        assert change["params"] != started[change["trial"]]
+        place = f"checkpoint-{change['images_seen']:012d}"
+        copy, source = (folder / "trials" / f"{number:04d}" / place for number in (change["trial"], change["source"]))
+        later = [c for c in changes if c["time"] > change["time"] and c["trial"] in (change["trial"], change["source"])]
+        if any(c["images_seen"] <= change["images_seen"] for c in later):
+            continue  # one of both went back behind this place since
+        assert tensors_in(copy) == tensors_in(source), "weights were not copied"
+        assert open_checkpoint(copy).config.objective.beta == change["params"]["objective.beta"]
+    trials = Ledger(folder).trials
+    for trial in trials.values():
+        assert trial.state == "done" and trial.images_seen == 1024
+        last = rows_of(folder / "trials" / trial.name, "train")[-1]
+        assert last["beta"] == pytest.approx(trial.params["objective.beta"])
+        assert last["lr_decoder"] == pytest.approx(trial.params["optimizer.learning_rate"])
+
+
+def test_a_signal_ends_in_checkpoints_and_the_sweep_goes_on(
+    environment: dict[str, str], digits: Path, tmp_path: Path
+) -> None:
+    command = arguments(sweep_file(tmp_path, trials=3), digits, tmp_path, "--name", "stopped")
+    long = [item.replace("images: 1024", "images: 100_000_000") for item in command]
+    driver = start(environment, long)
+    folder = tmp_path / "stopped"
+    try:
+        wait_for(folder, driver, "row", 2)
+        driver.send_signal(signal.SIGTERM)
+        said, _ = driver.communicate(timeout=TIMEOUT)
+    finally:
+        driver.kill()
+    assert driver.returncode == 75, said
+    assert "Stopped with checkpoints, 3 trials left" in said
+    for number in Ledger(folder).trials:
+        rows = rows_of(folder / "trials" / f"{number:04d}", "end")
+        assert rows[-1]["reason"] == "stopped"
+    assert not trial_processes(environment)
+
+
+@pytest.mark.parametrize(
+    ("settings", "more", "said"),
+    [
+        ({}, ["objective.bta=3"], "error: objective.bta=3: unknown key"),
+        ({"metric": "fidd"}, [], "error: metric=fidd: no record of this run would hold it (did you mean 'fid'?)"),
+        ({"space": {"objective.beta": {"uniform": [-1, 1]}}}, [], "error: space: objective.beta=-1: input should be"),
+        ({"concurrent": 99}, ["--dry-run"], "error: concurrent=99: the cluster has"),
+        ({"scheduler": "asha", "interval_images": 9000}, [], "error: scheduler=asha: its first look at a trial"),
+    ],
+)
+def test_a_mistake_is_one_line_and_starts_nothing(
+    digits: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, object],
+    more: list[str],
+    said: str,
+) -> None:
+    assert main(arguments(sweep_file(tmp_path, **settings), digits, tmp_path, *more)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith(said) and printed.count("\n") == 1
+    assert not (tmp_path / "space").exists()

@@ -1,0 +1,1 @@
+"""Sweeps without Ray: the space, the ledger of trials, proposals, costs, the live table, results and the report."""

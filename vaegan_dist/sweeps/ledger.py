@@ -1,0 +1,192 @@
+"""The ledger of a sweep: what was proposed, measured and ended, a line for each, synced before anything follows of it.
+
+It alone decides what a sweep that was killed goes on with: trials that ended stay ended, begun ones keep their number,
+values and folder. A line that a crash cut short was never acted upon and is dropped.
+"""
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from vaegan_dist.config import Config
+from vaegan_dist.config_source import dump_yaml
+from vaegan_dist.errors import ConfigError, InputError
+from vaegan_dist.files import write_whole
+from vaegan_dist.sweeps.settings import MAY_CHANGE, SweepSettings
+from vaegan_dist.training.resume import MAY_CHANGE as RUN_MAY_CHANGE
+from vaegan_dist.training.resume import differences
+
+FILE = "trials.jsonl"
+HEAD = "sweep.yaml"
+
+# running: begun, or about to be; done: spent its budget; early: the scheduler stopped it; failed: it crashed for good
+State = Literal["running", "done", "early", "failed"]
+Row = dict[str, float | None]
+
+
+@dataclass
+class Trial:
+    """One configuration and what became of it."""
+
+    number: int
+    params: dict[str, Any]
+    state: State = "running"
+    rows: list[Row] = field(default_factory=list)
+    """values of its metrics, each at `images_seen`"""
+    message: str = ""
+    seconds: float = 0.0
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """pbt: whom it was copied from, at which image, with which values"""
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return trial_name(self.number)
+
+    @property
+    def images_seen(self) -> int:
+        """Images at its last value of the metric."""
+        return int(self.rows[-1]["images_seen"] or 0) if self.rows else 0
+
+    @property
+    def seconds_spent(self) -> float:
+        """Seconds of training at its last value of the metric."""
+        return (self.rows[-1].get("seconds") or 0.0) if self.rows else 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over."""
+        return self.state != "running"
+
+    def last(self, metric: str) -> float | None:
+        """Its last value of a metric; None for a trial that failed, or whose value is no number."""
+        value = self.rows[-1].get(metric) if self.rows and self.state != "failed" else None
+        return value if value is not None and math.isfinite(value) else None
+
+
+def trial_name(number: int) -> str:
+    """Name of a trial's run."""
+    return f"{number:04d}"
+
+
+class Ledger:
+    """Trials by number, and the file that keeps them. One process writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trials: dict[int, Trial] = {}
+        self._file: IO[bytes] | None = None
+        self._read()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the file: Tune pickles what it is given, for a restore that a sweep never asks of it."""
+        return {**self.__dict__, "_file": None}
+
+    def _read(self) -> None:
+        path = self.folder / FILE
+        if not path.exists():
+            return
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines[:-1], 1):
+            try:
+                self._apply(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(
+                    f"{path} line {number} is not of a ledger ({type(error).__name__}: {error}); restore the file, or "
+                    f"choose another --name"
+                ) from None
+        if lines[-1]:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size - len(lines[-1]))
+
+    def _apply(self, event: dict[str, Any]) -> None:
+        number = event["trial"]
+        if event["event"] == "created":
+            self.trials[number] = Trial(number, event["params"])
+            return
+        trial = self.trials[number]
+        match event["event"]:
+            case "row":
+                row = {key: None if value is None else float(value) for key, value in event["row"].items()}
+                # A copy of another trial's weights goes back to where that one stood.
+                trial.rows = [old for old in trial.rows if (old["images_seen"] or 0) < (row["images_seen"] or 0)]
+                trial.rows.append(row)
+            case "changed":
+                trial.params = event["params"]
+                trial.changes.append({key: event[key] for key in ("params", "source", "images_seen")})
+            case "ended":
+                trial.state, trial.message = event["state"], event["message"]
+                trial.seconds = event["seconds"]
+
+    def _write(self, event: dict[str, Any]) -> None:
+        """Append, sync, and only then know."""
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / FILE).open("ab")
+        self._file.write(json.dumps({**event, "time": round(time.time(), 3)}, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._apply(event)
+
+    def create(self, params: dict[str, Any]) -> Trial:
+        """A new trial, before it starts."""
+        number = len(self.trials)
+        self._write({"event": "created", "trial": number, "params": params})
+        return self.trials[number]
+
+    def row(self, number: int, row: Mapping[str, float | None]) -> None:
+        """Values of a trial's metrics."""
+        clean = {k: v if v is not None and math.isfinite(v) else None for k, v in row.items()}
+        self._write({"event": "row", "trial": number, "row": clean})
+
+    def change(self, number: int, params: dict[str, Any], source: int, images_seen: int) -> None:
+        """A trial goes on with a copy of another one's weights and with other values."""
+        event = {"event": "changed", "trial": number, "params": params, "source": source, "images_seen": images_seen}
+        self._write(event)
+
+    def end(self, number: int, state: State, message: str = "", seconds: float = 0.0) -> None:
+        """A trial is over."""
+        event = {"event": "ended", "trial": number, "state": state, "message": message, "seconds": round(seconds, 3)}
+        self._write(event)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def open_ledger(folder: Path, settings: SweepSettings, config: Config) -> Ledger:
+    """The ledger of a sweep, new or continued.
+
+    Raises:
+        ConfigError: the sweep was begun with other settings or another configuration; names the first difference.
+    """
+    head = folder / HEAD
+    said = {"sweep": settings.model_dump(mode="json"), "config": config.model_dump(mode="json")}
+    if head.exists():
+        _refuse_changes(head, said)
+    import yaml
+
+    write_whole(head, yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100).encode())
+    write_whole(folder / "config.yaml", dump_yaml(config).encode())
+    return Ledger(folder)
+
+
+def _refuse_changes(head: Path, said: dict[str, Any]) -> None:
+    import yaml
+
+    before = yaml.safe_load(head.read_text())
+    allowed = {"sweep": MAY_CHANGE, "config": RUN_MAY_CHANGE}
+    for part, may in allowed.items():
+        for key, was, now in differences(before[part], said[part]):
+            if not any(key == name or key.startswith(name + ".") for name in may):
+                raise ConfigError(
+                    f"{key}={now}: the sweep in {head.parent} was begun with {was}; restore it, or choose another "
+                    f"--name for a new sweep"
+                )
