@@ -29,7 +29,7 @@ from vaegan_dist.training.runtime import SingleProcess
 
 Event = dict[str, Any]
 SPACE = {"objective.beta": {"loguniform": [0.1, 10]}}
-RUN = ["reporting.tensorboard=false", "training.torch_threads=1", "reporting.metrics_port=0"]
+RUN = ["reporting.tensorboard=false", "reporting.curves=false", "training.torch_threads=1", "reporting.metrics_port=0"]
 
 
 def plain_seconds(data: str, repeats: int) -> list[float]:

@@ -1,7 +1,7 @@
 """The configuration: layers, overrides, and one line that helps for every mistake."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vaegan_dist.cli import main
@@ -103,6 +103,7 @@ def test_every_key_is_explained() -> None:
             assert len(description) > 10, f"{key} has no description"
 
 
+@settings(deadline=None)  # the first example pays for imports
 @given(batch=st.integers(1, 512), workers=st.integers(1, 64), streams=st.none() | st.integers(1, 64))
 def test_an_accepted_configuration_gives_every_worker_the_same_share(
     batch: int, workers: int, streams: int | None

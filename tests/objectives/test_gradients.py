@@ -112,7 +112,8 @@ def check(model, objective, settings, *, train=None, images_seen=0, prepare=None
         prepare(networks)
     step = build_objective(phase_of(objective, train), settings, networks, batch_size=BATCH)
     if anchors:
-        step.memory["lecam"].copy_(torch.tensor([0.3 * anchors[0], 0.3 * anchors[1], 0.3]))
+        state = torch.tensor([*anchors, 1.0], dtype=torch.float64)
+        step.memory["lecam"].copy_(0.3 * state)
     noise = draw(step)
     total, terms = step(x, noise, images_seen)
     total.backward()

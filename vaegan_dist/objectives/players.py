@@ -15,6 +15,8 @@ from vaegan_dist.objectives.routing import Boundary, carry, shared_seed
 
 # (fake pictures, gradient of the weighted L_G in them) of every kind -> factor on that gradient
 Balance = Callable[[Sequence[tuple[Tensor, Tensor]]], Tensor]
+# (real logits, fake logits of every kind) -> what the discriminator descends beside L_D, a scalar
+OnLogits = Callable[[Tensor, Sequence[Tensor]], Tensor]
 
 
 @dataclass
@@ -86,6 +88,7 @@ def play(
     *,
     learns: bool,
     balance: Balance | None = None,
+    restrain: OnLogits | None = None,
     active: bool = True,
 ) -> tuple[Tensor, Terms]:
     """Both players' losses: what carries their gradients, and the terms.
@@ -96,6 +99,8 @@ def play(
         logits_real: `[B]` or `[B, h, w]`; None where neither player's loss needs them.
         fakes: the kinds of fakes by name.
         learns: the discriminator learns.
+        restrain: a penalty on the discriminator's logits, the term `penalty_lecam`. It belongs here, to the seed that the
+            discriminator starts from: added to the scalar, it would pass the boundary to the player as well.
         balance: gives a factor on the players' gradients, which then pass through leaves.
         active: whether the losses train anything yet; if not, their gradients are zero.
     """
@@ -107,7 +112,11 @@ def play(
         at_discriminator: Terms = {}
         if learns:
             terms["loss_disc"] = loss.discriminator(logits["real"], [logits[kind] for kind in fakes]).mean()
-            at_discriminator = _gradients(terms["loss_disc"], logits)
+            descended = terms["loss_disc"]
+            if restrain is not None:
+                terms["penalty_lecam"] = restrain(logits["real"], [logits[kind] for kind in fakes])
+                descended = descended + terms["penalty_lecam"]
+            at_discriminator = _gradients(descended, logits)
         played = {kind: logits[kind] for kind, judged in fakes.items() if judged.plays}
         at_player: Terms = {}
         if played:

@@ -154,6 +154,7 @@ class VaeGan(Objective):
                 fakes,
                 learns=learns,
                 balance=self._balance(rec),
+                restrain=self._restrain if "lecam" in self.memory else None,
                 active=active,
             )
             total = total + game
@@ -323,7 +324,7 @@ class VaeGan(Objective):
         assert logits_real is not None
         settings = self.settings
         zero = torch.zeros_like(logits_real.detach().sum())
-        terms |= {name: zero for name, weight in self._penalties.items() if weight}
+        terms |= {name: zero for name, weight in self._penalties.items() if weight and name not in terms}
         if settings.r1 and penalise:
             terms["penalty_r1"] = settings.penalty_interval * settings.r1 * zero_centred(logits_real, real).mean()
         if settings.r2 and penalise:
@@ -335,10 +336,11 @@ class VaeGan(Objective):
             between = (share * real.detach() + (1 - share) * fake).requires_grad_()
             penalty = one_centred(wide(self.discriminator(view(between))), between).mean()
             terms["penalty_gp"] = settings.gradient_penalty * penalty
-        if settings.lecam:
-            logits = [judged.logits for judged in fakes.values()]
-            terms["penalty_lecam"] = settings.lecam * lecam.penalty(self.memory["lecam"], logits_real, logits)
-        return sum((terms[name] for name, weight in self._penalties.items() if weight), start=zero)
+        on_pictures = [terms[name] for name, weight in self._penalties.items() if weight and name != "penalty_lecam"]
+        return sum(on_pictures, start=zero)
+
+    def _restrain(self, real: Tensor, fakes: Sequence[Tensor]) -> Tensor:
+        return self.settings.lecam * lecam.penalty(self.memory["lecam"], real, fakes)
 
 
 def _cross_entropies(logits_real: Tensor | None, fakes: dict[str, Judged]) -> Terms:
