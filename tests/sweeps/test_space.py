@@ -37,6 +37,7 @@ SPACE = {"objective.beta": {"loguniform": [0.01, 10]}}
         ({"space": SPACE, "metric": ["a", "b"], "scheduler": "asha"}, "scheduler=asha compares trials by one metric"),
         ({"space": SPACE, "metric": ["a", "b"], "mode": ["min"]}, "mode lists 1 directions for 2 metrics"),
         ({"space": SPACE, "scheduler": "pbt", "searcher": "tpe"}, "scheduler=pbt changes values itself"),
+        ({"space": SPACE, "autoscaling": True}, "autoscaling=true: how many trials at a time is then a choice"),
         ({"space": {"objective.bta": {"uniform": [0, 1]}}}, "objective.bta=0: unknown key (did you mean 'beta'?)"),
         (
             {"space": {"objective.beta": {"uniform": [-1, 1]}}},

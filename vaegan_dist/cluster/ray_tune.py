@@ -80,6 +80,8 @@ def concurrency(plan: Plan) -> int:
     Raises:
         ConfigError: not one fits, or fewer than the settings want.
     """
+    if plan.settings.autoscaling and plan.settings.concurrent:
+        return plan.settings.concurrent
     room = slots([node["Resources"] for node in ray.nodes() if node["Alive"]], plan.config)
     if room < (plan.settings.concurrent or 1):
         have = ray.cluster_resources()

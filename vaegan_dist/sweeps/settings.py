@@ -13,7 +13,7 @@ from vaegan_dist.errors import ConfigError
 
 Mode = Literal["min", "max"]
 # The journal carries these; a sweep that has begun may change them and nothing else.
-MAY_CHANGE = ("trials", "concurrent")
+MAY_CHANGE = ("trials", "concurrent", "autoscaling")
 PREFIX = "sweep."
 
 
@@ -53,6 +53,8 @@ class SweepSettings(Section):
     workers for each trial (default: cluster.workers)"""
     concurrent: Positive | None = None
     """most trials at a time (default: as many as the cluster holds)"""
+    autoscaling: bool = False
+    """the cluster adds nodes when trials wait for them: `concurrent` counts, and not what the cluster holds now"""
     initial: tuple[dict[str, Any], ...] = ()
     """configurations to try first, as keys of the space and their values; what they leave out is drawn"""
     space: Annotated[dict[str, Any], Field(min_length=1)]
@@ -82,6 +84,8 @@ class SweepSettings(Section):
                 f"scheduler={self.scheduler} compares trials by one metric, `metric` lists {len(self.metrics)}; "
                 f"set scheduler: none, or one metric"
             )
+        if self.autoscaling and self.concurrent is None:
+            raise ValueError("autoscaling=true: how many trials at a time is then a choice; set concurrent")
         if self.scheduler == "pbt" and self.searcher == "tpe":
             raise ValueError("scheduler=pbt changes values itself; set searcher: random (or grid) for where it starts")
         return self
