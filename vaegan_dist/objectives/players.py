@@ -99,7 +99,7 @@ def play(
         logits_real: `[B]` or `[B, h, w]`; None where neither player's loss needs them.
         fakes: the kinds of fakes by name.
         learns: the discriminator learns.
-        restrain: a penalty on the discriminator's logits, the term `penalty_lecam`. It belongs here, to the seed that the
+        restrain: a penalty on the discriminator's logits, the term `penalty_lecam`. It belongs into the seed that the
             discriminator starts from: added to the scalar, it would pass the boundary to the player as well.
         balance: gives a factor on the players' gradients, which then pass through leaves.
         active: whether the losses train anything yet; if not, their gradients are zero.
