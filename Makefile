@@ -1,6 +1,6 @@
 # make train   set up, prepare the embedded digits, train the preset seed-mlp with two workers
 # make test    set up, run every test; those with a real Ray wait a lot, so they run beside the others
-# make chaos   the full set of faults: hundreds of kills, of Ray and its nodes too; about an hour
+# make chaos   the full set: hundreds of kills, of Ray and its nodes too, sweeps and monitoring on a real Ray; about an hour
 # make check   lint, format and type checks
 # make clean   remove the environment, the data and the runs
 

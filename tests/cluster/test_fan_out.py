@@ -65,6 +65,7 @@ def environment() -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.ray
+@pytest.mark.chaos
 @pytest.mark.timeout(600)
 def test_ray_evaluates_as_plain_processes_do(environment: dict[str, str], digits: Path, tmp_path: Path) -> None:
     from tests.training.runs import config_of

@@ -55,6 +55,7 @@ class Run:
 
 
 @pytest.mark.ray
+@pytest.mark.chaos
 def test_a_node_whose_end_is_announced_is_left_with_a_checkpoint(digits: Path, tmp_path: Path) -> None:
     with running_nodes(3) as nodes:
         run = Run(nodes, digits, tmp_path / "runs", "--workers", "2")

@@ -17,7 +17,7 @@ import pytest
 from tests.monitoring.servers import Prometheus, free_port, needed, prometheus, wait_until
 from vaegan_dist.reporting.status import read_status
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(1200)]
 RULES = Path(__file__).resolve().parents[2] / "k8s/monitoring/vaegan.rules.yaml"
 
 

@@ -91,6 +91,7 @@ def trial_processes(environment: dict[str, str]) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.chaos
 def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
     environment: dict[str, str], digits: Path, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
     assert again == [row["loss_rec"] for row in trials[best].rows], "the winner does not come out again"
 
 
+@pytest.mark.chaos
 def test_pbt_copies_weights_and_changes_values(environment: dict[str, str], digits: Path, tmp_path: Path) -> None:
     space = sweep_file(tmp_path, trials=4, scheduler="pbt")
     command = arguments(space, digits, tmp_path, "--name", "pbt", "checkpoint.keep_last=99")
@@ -152,6 +154,7 @@ def test_pbt_copies_weights_and_changes_values(environment: dict[str, str], digi
         assert last["lr_decoder"] == pytest.approx(trial.params["optimizer.learning_rate"])
 
 
+@pytest.mark.chaos
 def test_a_signal_ends_in_checkpoints_and_the_sweep_goes_on(
     environment: dict[str, str], digits: Path, tmp_path: Path
 ) -> None:
