@@ -5,25 +5,22 @@ shards. In the layout `chunks` a sample holds up to 256 latents stacked, `keys.j
 latent shard for each shard of pictures, with its name and its keys in its order.
 """
 
-import hashlib
 import io
 import json
-import os
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Annotated, Any, Final, Literal, Self
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vaegan_dist.data.manifest import MANIFEST_NAME, Layout, ShardInfo
-from vaegan_dist.data.shard_writer import CHUNK, npy_bytes, temporary_name
+from vaegan_dist.data.shard_writer import TarShard, npy_bytes
 from vaegan_dist.errors import DataError, InputError
-from vaegan_dist.files import sync_folder, write_whole
+from vaegan_dist.files import write_whole
 
 LATENT_FORMAT: Final = "vaegan_dist_latents"
 Array = npt.NDArray[np.floating[Any]]
@@ -70,68 +67,22 @@ class Latent:
     label: int | None
 
 
-class LatentWriter:
-    """One latent shard in work, under a temporary name until `finish`. The same latents give the same bytes."""
+class LatentWriter(TarShard[Latent]):
+    """A shard of latents."""
 
-    def __init__(self, path: Path, layout: Layout) -> None:
-        from webdataset import TarWriter  # its import brings torch along
+    def one(self, item: Latent) -> dict[str, Any]:
+        members = {f"{name}.npy": npy_bytes(array) for name, array in item.arrays.items()}
+        label = {} if item.label is None else {"cls": str(item.label).encode()}
+        return {"__key__": item.key, **members, **label}
 
-        self.path, self.layout, self.samples, self.bytes = path, layout, 0, 0
-        self._temporary = temporary_name(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._temporary.open("wb")
-        self._digest = hashlib.sha256()
-        self._waiting: list[Latent] = []
-        self._tar = TarWriter(self, user="vaegan", group="vaegan", mode=0o644, encoder=False, mtime=0)
-
-    def write(self, data: bytes) -> int:
-        """What the tar writer calls: hash and count on the way to the file."""
-        self._digest.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    def add(self, latent: Latent) -> None:
-        """Append a latent."""
-        self.samples += 1
-        if self.layout == "chunks":
-            self._waiting.append(latent)
-            if len(self._waiting) == CHUNK:
-                self._flush()
-            return
-        members = {f"{name}.npy": npy_bytes(array) for name, array in latent.arrays.items()}
-        label = {} if latent.label is None else {"cls": str(latent.label).encode()}
-        self._tar.write({"__key__": latent.key, **members, **label})
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        latents, self._waiting = self._waiting, []
-        stacked = {f"{name}.npy": np.stack([each.arrays[name] for each in latents]) for name in latents[0].arrays}
-        members = {name: npy_bytes(array) for name, array in stacked.items()}
-        members["keys.json"] = json.dumps([latent.key for latent in latents]).encode()
-        if latents[0].label is not None:
-            members["labels.npy"] = npy_bytes(np.asarray([latent.label for latent in latents], np.int64))
-        self._tar.write({"__key__": f"{self.path.stem}-{(self.samples - 1) // CHUNK:06d}", **members})
-
-    def finish(self, name: str) -> ShardInfo:
-        """Complete the shard, make it durable and give it its name."""
-        self._flush()
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._temporary.replace(self.path)
-        sync_folder(self.path.parent)
-        return ShardInfo(name=name, samples=self.samples, bytes=self.bytes, sha256=self._digest.hexdigest())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
-        self._temporary.unlink(missing_ok=True)
+    def many(self, items: Sequence[Latent]) -> dict[str, Any]:
+        """Arrays `[n, *shape]`, n keys, int64 `[n]`."""
+        names = items[0].arrays
+        sample = {f"{name}.npy": npy_bytes(np.stack([each.arrays[name] for each in items])) for name in names}
+        sample["keys.json"] = json.dumps([latent.key for latent in items]).encode()
+        if items[0].label is not None:
+            sample["labels.npy"] = npy_bytes(np.asarray([latent.label for latent in items], np.int64))
+        return sample
 
 
 def read_latent_manifest(folder: str | Path) -> LatentManifest:

@@ -122,8 +122,8 @@ class Work:
                     continue
                 shard.add(result)
                 if shard.samples >= self.options.shard_samples or shard.bytes >= self.options.shard_bytes:
-                    return Finished(shard.finish(folder), end, tuple(broken))
-            return Finished(shard.finish(folder), len(plan), tuple(broken)) if shard.samples else None
+                    return Finished(shard.finish(shard.path.name), end, tuple(broken))
+            return Finished(shard.finish(shard.path.name), len(plan), tuple(broken)) if shard.samples else None
 
     def _count_broken(self, broken: Sequence[Broken]) -> None:
         self.broken.extend(broken)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 
@@ -39,8 +39,14 @@ class Broken:
     cause: str
 
 
-class ShardWriter:
-    """One shard in work, under a temporary name until `finish`. The same samples give the same bytes."""
+Item = TypeVar("Item")
+
+
+class TarShard(Generic[Item]):
+    """One shard in work, under a temporary name until `finish`. The same items give the same bytes.
+
+    In the layout `files` an item is a sample of the tar, in the layout `chunks` up to CHUNK of them are.
+    """
 
     def __init__(self, path: Path, layout: Layout) -> None:
         from webdataset import TarWriter  # its import brings torch along
@@ -49,9 +55,17 @@ class ShardWriter:
         self._temporary = temporary_name(path)
         self._file = self._temporary.open("wb")
         self._digest = hashlib.sha256()
-        self._pending: list[Ready] = []
+        self._pending: list[Item] = []
         self.bytes = 0
         self._tar = TarWriter(self, user="vaegan", group="vaegan", mode=0o644, encoder=False, mtime=0)
+
+    def one(self, item: Item) -> dict[str, Any]:
+        """The sample of an item: `__key__`, and members by extension."""
+        raise NotImplementedError
+
+    def many(self, items: Sequence[Item]) -> dict[str, Any]:
+        """The members of a sample that holds several items."""
+        raise NotImplementedError
 
     def write(self, data: bytes) -> int:
         """What the tar writer calls: hash and count on the way to the file."""
@@ -59,36 +73,24 @@ class ShardWriter:
         self.bytes += len(data)
         return self._file.write(data)
 
-    def add(self, picture: Ready) -> None:
-        """Append a picture."""
+    def add(self, item: Item) -> None:
+        """Append an item."""
         self.samples += 1
-        if self.layout == "chunks":
-            self._pending.append(picture)
-            if len(self._pending) == CHUNK:
-                self._flush()
+        if self.layout == "files":
+            self._tar.write(self.one(item))
             return
-        sample: dict[str, Any] = {"__key__": picture.key, picture.extension: picture.content}
-        if picture.label is not None:
-            sample["cls"] = str(picture.label).encode()
-        self._tar.write(sample)
+        self._pending.append(item)
+        if len(self._pending) == CHUNK:
+            self._flush()
 
     def _flush(self) -> None:
-        """Write the pictures that wait as one sample: uint8 `[n, H, W, C]`, int64 `[n]`, n keys."""
         if not self._pending:
             return
-        pictures, self._pending = self._pending, []
-        number = (self.samples - 1) // CHUNK
-        sample: dict[str, Any] = {
-            "__key__": f"{self.path.stem}-{number:06d}",
-            "images.npy": npy_bytes(np.stack([np.asarray(picture.content) for picture in pictures])),
-            "keys.json": json.dumps([picture.key for picture in pictures]).encode(),
-        }
-        if pictures[0].label is not None:
-            sample["labels.npy"] = npy_bytes(np.asarray([picture.label for picture in pictures], np.int64))
-        self._tar.write(sample)
+        items, self._pending = self._pending, []
+        self._tar.write({"__key__": f"{self.path.stem}-{(self.samples - 1) // CHUNK:06d}", **self.many(items)})
 
-    def finish(self, folder: Path) -> ShardInfo:
-        """Complete the shard, make it durable and give it its name; names in the result are relative to `folder`."""
+    def finish(self, name: str) -> ShardInfo:
+        """Complete the shard, make it durable and give it its name; `name` is what the manifest calls it."""
         self._flush()
         self._tar.close()
         self._file.flush()
@@ -96,7 +98,6 @@ class ShardWriter:
         self._file.close()
         self._temporary.replace(self.path)
         sync_folder(self.path.parent)
-        name = self.path.relative_to(folder).as_posix()
         return ShardInfo(name=name, samples=self.samples, bytes=self.bytes, sha256=self._digest.hexdigest())
 
     def __enter__(self) -> Self:
@@ -107,6 +108,24 @@ class ShardWriter:
     ) -> None:
         self._file.close()
         self._temporary.unlink(missing_ok=True)
+
+
+class ShardWriter(TarShard[Ready]):
+    """A shard of pictures."""
+
+    def one(self, item: Ready) -> dict[str, Any]:
+        label = {} if item.label is None else {"cls": str(item.label).encode()}
+        return {"__key__": item.key, item.extension: item.content, **label}
+
+    def many(self, items: Sequence[Ready]) -> dict[str, Any]:
+        """uint8 `[n, H, W, C]`, n keys, int64 `[n]`."""
+        sample: dict[str, Any] = {
+            "images.npy": npy_bytes(np.stack([np.asarray(picture.content) for picture in items])),
+            "keys.json": json.dumps([picture.key for picture in items]).encode(),
+        }
+        if items[0].label is not None:
+            sample["labels.npy"] = npy_bytes(np.asarray([picture.label for picture in items], np.int64))
+        return sample
 
 
 def temporary_name(path: Path) -> Path:

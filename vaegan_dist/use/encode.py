@@ -214,7 +214,9 @@ def _encode_shard(work: Work, shard: int, pulse: Callable[[], None]) -> None:
     first = sum(work.dataset.shard_samples[:shard])
     end = first + work.dataset.shard_samples[shard]
     sums = np.zeros(3)
-    with LatentWriter(work.folder / work.name(shard), work.dataset.manifest.layout) as writer:
+    path = work.folder / work.name(shard)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with LatentWriter(path, work.dataset.manifest.layout) as writer:
         for begin in range(first, end, work.task.batch_size):
             pulse()
             ids = range(begin, min(begin + work.task.batch_size, end))
