@@ -14,6 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vaegan_dist.cluster import node_probe
 from vaegan_dist.cluster.node_probe import LinkRate, NodeFacts, StorageRate
+from vaegan_dist.cluster.processes import free_port
 from vaegan_dist.errors import VaeganError
 
 CLOCK_LIMIT_SECONDS = 1.0
@@ -68,7 +69,7 @@ class _Probe:
         (Path(folder) / name).unlink(missing_ok=True)
 
     def free_port(self, address: str) -> int:
-        return node_probe.free_port(address)
+        return free_port(address)
 
     def link(self, rank: int, world_size: int, master: str, port: int, size: int, seconds: float) -> LinkRate:
         return node_probe.link_rate(rank, world_size, master, port, size, seconds)

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+
+from vaegan_dist.cluster.processes import join_group
 
 MIB = 2**20
 REPEATS = 5
@@ -130,13 +131,6 @@ def leave_mark(folder: Path, name: str) -> None:
         os.fsync(file.fileno())
 
 
-def free_port(address: str) -> int:
-    """A port of this address that nobody listens on."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return int(probe.getsockname()[1])
-
-
 def link_rate(rank: int, world_size: int, master: str, port: int, size: int, seconds: float) -> LinkRate:
     """Join the other nodes and measure; NCCL where this node has a GPU, else Gloo.
 
@@ -145,13 +139,8 @@ def link_rate(rank: int, world_size: int, master: str, port: int, size: int, sec
         seconds: time that the nodes wait for each other.
     """
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
-        init_method=f"tcp://{f'[{master}]' if ':' in master else master}:{port}",
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=seconds),
-    )
+    where = f"tcp://{f'[{master}]' if ':' in master else master}:{port}"
+    join_group(device, where, rank, world_size, seconds)
     try:
         data = torch.ones(size // 4, device=device)
         reduce_seconds = _fastest(lambda: dist.all_reduce(data), device)
