@@ -1,15 +1,14 @@
 """Runs the command on a Ray of its own again and again, and kills parts of it at random, until it ends by itself.
 
-    python -m tests.chaos.ray_supervisor FAULTS SEED [ARGUMENT …]
+    python -m tests.chaos.ray_supervisor FAULTS SEED IMAGES [ARGUMENT …]
 
-The arguments are those of `vaegan-dist`. Prints one JSON line per fault, with the seconds until the next step, and one
-for the end.
+IMAGES is the run's budget, the arguments are those of `vaegan-dist`. Prints one JSON line per fault, with the seconds
+until the next step, and one for the end.
 """
 
 import contextlib
 import json
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -17,11 +16,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import psutil
 
-from tests.chaos.supervisor import Supervisor
+from tests.chaos.supervisor import Supervisor, given
 
 HANG_SECONDS = 900
 TITLES = {
@@ -84,7 +82,7 @@ class RaySupervisor(Supervisor):
             fault = self.random.choices(list(TITLES), WEIGHTS)[0]
             if fault == "kill at the start":
                 time.sleep(self.random.uniform(0, 12))
-            elif not self.comes(driver, self.newest() + self.random.randrange(0, 1500)):
+            elif not self.comes(driver, self.newest() + self.random.randrange(0, self.reach())):
                 break
             if driver.poll() is not None:
                 break
@@ -169,7 +167,4 @@ def kill(process: psutil.Process) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    faults, seed, *given = sys.argv[1:]
-    storage, name = (next(a.split("=", 1)[1] for a in given if a.startswith(k)) for k in ("run.storage=", "run.name="))
-    Path(storage).mkdir(parents=True, exist_ok=True)
-    RaySupervisor(int(faults), random.Random(int(seed)), given, Path(storage) / name).run()
+    given(RaySupervisor, sys.argv[1:]).run()

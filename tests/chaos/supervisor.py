@@ -1,10 +1,10 @@
 """Runs the command of two ranks again and again, and breaks it at random, until it ends by itself.
 
-    python -m tests.chaos.supervisor FAULTS SEED [ARGUMENT …]
+    python -m tests.chaos.supervisor FAULTS SEED IMAGES [ARGUMENT …]
 
-The arguments are those of `vaegan-dist`. Each attempt forks the ranks from this process, which has the libraries
-loaded already but runs no thread, and calls the command line in them as torchrun would. Prints one JSON line per fault
-and one for the end.
+IMAGES is the run's budget, the arguments are those of `vaegan-dist`. Each attempt forks the ranks from this process,
+which has the libraries loaded already but runs no thread, and calls the command line in them as torchrun would. Prints
+one JSON line per fault and one for the end.
 """
 
 import contextlib
@@ -26,6 +26,8 @@ from vaegan_dist.training.checkpoint import SEAL, checkpoints
 
 WORLD_SIZE = 2
 HANG_SECONDS = 240
+# Images between checkpoints in the tests.
+INTERVAL = 640
 KINDS = (
     "kill rank 0",
     "kill rank 1",
@@ -45,6 +47,7 @@ class Supervisor:
 
     faults: int
     random: random.Random
+    images: int
     arguments: list[str]
     folder: Path
     done: int = 0
@@ -111,15 +114,18 @@ class Supervisor:
 
     def strike(self, ranks: list[psutil.Process], fault: str) -> bool:
         """Wait for the moment and do it; False when the ranks had ended before."""
+        target = self.newest() + self.random.randrange(0, self.reach())
         if fault == "kill at the start":
             time.sleep(self.random.uniform(0, 1.5))
         elif fault == "kill during a checkpoint":
-            if not self.wait_for(ranks, lambda: bool(list(self.folder.glob(".checkpoint-*.partial")))):
+            # The moment is short and may be missed: then the fault comes at its place all the same.
+            def moment() -> bool:
+                return bool(list(self.folder.glob(".checkpoint-*.partial"))) or self.place() >= target + INTERVAL
+
+            if not self.wait_for(ranks, moment):
                 return False
-        else:
-            target = self.newest() + self.random.randrange(0, 1500)
-            if not self.wait_for(ranks, lambda: self.place() >= target):
-                return False
+        elif not self.wait_for(ranks, lambda: self.place() >= target):
+            return False
         if not all(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in ranks):
             return False
         if fault == "kill a data worker":
@@ -144,6 +150,11 @@ class Supervisor:
             for process in ranks[: 2 if fault == "kill both" else 1]:
                 process.kill()
         return True
+
+    def reach(self) -> int:
+        """Images within which the next fault comes, so that there is room for those after it."""
+        room = (self.images - self.newest()) // (self.faults - self.done + 1)
+        return max(min(1500, room - INTERVAL // 2), 1)
 
     def damage(self) -> None:
         """Cut, flip or remove a file of the newest checkpoint, if one before it stands."""
@@ -215,9 +226,16 @@ def readers_of(ranks: list[psutil.Process]) -> list[psutil.Process]:
     return []
 
 
+def given(supervisor: type[Supervisor], words: list[str]) -> Supervisor:
+    """What the command line asks for."""
+    faults, seed, images, *arguments = words
+    storage, name = (
+        next(a.split("=", 1)[1] for a in arguments if a.startswith(k)) for k in ("run.storage=", "run.name=")
+    )
+    Path(storage).mkdir(parents=True, exist_ok=True)
+    return supervisor(int(faults), random.Random(int(seed)), int(images), arguments, Path(storage) / name)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    faults, seed, *given = sys.argv[1:]
-    storage, name = (next(a.split("=", 1)[1] for a in given if a.startswith(k)) for k in ("run.storage=", "run.name="))
-    Path(storage).mkdir(parents=True, exist_ok=True)
-    Supervisor(int(faults), random.Random(int(seed)), given, Path(storage) / name).run()
+    given(Supervisor, sys.argv[1:]).run()

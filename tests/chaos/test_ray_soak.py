@@ -18,12 +18,12 @@ IMAGES = 128_000
 @pytest.mark.ray
 @pytest.mark.timeout(5400)
 def test_twenty_random_faults_of_ray_leave_no_trace(digits: Path, tmp_path: Path) -> None:
-    calm = supervise(0, 0, command(digits, tmp_path, "calm", IMAGES), 1200)
+    calm = supervise(0, 0, IMAGES, command(digits, tmp_path, "calm", IMAGES), 1200)
     assert calm[-1]["attempts"] == 1
     # The same run as the plain one but for what runs it.
     storm = [word for word in command(digits, tmp_path, "storm", IMAGES) if word not in ("--runtime", "local")]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.chaos.ray_supervisor", "20", "3", *storm, "cluster.max_failures=5"],
+        [sys.executable, "-m", "tests.chaos.ray_supervisor", "20", "3", str(IMAGES), *storm, "cluster.max_failures=5"],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,

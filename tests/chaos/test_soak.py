@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos.supervisor import INTERVAL
 from tests.training.runs import rows_of, tensors_of
 from vaegan_dist.reporting.records import Record
-
-INTERVAL = 640
 
 
 def command(digits: Path, storage: Path, name: str, images: int, *more: str) -> list[str]:
@@ -36,9 +35,9 @@ def command(digits: Path, storage: Path, name: str, images: int, *more: str) -> 
     return ["train", "--preset", "smoke", "--runtime", "local", phases, *settings, *more]
 
 
-def supervise(faults: int, seed: int, arguments: list[str], timeout: float) -> list[dict[str, object]]:
+def supervise(faults: int, seed: int, images: int, arguments: list[str], timeout: float) -> list[dict[str, object]]:
     process = subprocess.run(
-        [sys.executable, "-m", "tests.chaos.supervisor", str(faults), str(seed), *arguments],
+        [sys.executable, "-m", "tests.chaos.supervisor", str(faults), str(seed), str(images), *arguments],
         cwd=Path(__file__).parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -61,9 +60,9 @@ def comparable(folder: Path, images: int) -> list[Record]:
 
 
 def soak(digits: Path, folder: Path, faults: int, seed: int, images: int, timeout: float) -> dict[str, object]:
-    calm = supervise(0, 0, command(digits, folder, "calm", images), timeout)
+    calm = supervise(0, 0, images, command(digits, folder, "calm", images), timeout)
     assert calm[-1]["attempts"] == 1
-    rows = supervise(faults, seed, command(digits, folder, "storm", images), timeout)
+    rows = supervise(faults, seed, images, command(digits, folder, "storm", images), timeout)
     end = rows[-1]
     print(json.dumps(end))
     assert end["faults"] == faults, "the run ended before every fault had happened"
