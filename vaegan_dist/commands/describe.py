@@ -55,14 +55,14 @@ def describe_command(options: argparse.Namespace, overrides: Sequence[str]) -> i
 
 
 def _image(config: Config, given: str | None, *, asked_for_data: bool) -> "ImageShape":
-    from vaegan_dist.data.dataset import open_dataset
+    from vaegan_dist.data.configured import open_configured
     from vaegan_dist.models import ImageShape
 
     standard = PRESET_IMAGES.get(config.preset or "")
     stands = "://" in config.data.path or Path(config.data.path).exists()
     if given is None and (asked_for_data or (stands or standard is None)):
         try:
-            manifest = open_dataset(config.data.path, in_memory=False).manifest
+            manifest = open_configured(config.data, read=False).manifest
         except InputError as error:
             if asked_for_data:
                 raise

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vaegan_dist.config import Config
-from vaegan_dist.data.dataset import open_dataset
+from vaegan_dist.data.configured import open_configured
 from vaegan_dist.models import ImageShape
 from vaegan_dist.sweeps.plan import Plan
 from vaegan_dist.training.state import create_state
@@ -60,8 +60,7 @@ def measure_rate(config: Config, seconds: float = MEASURED_SECONDS) -> float:
 
     Reading data, pictures and evaluations come on top.
     """
-    data = config.data
-    dataset = open_dataset(data.path, in_memory=data.in_memory, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes)
+    dataset = open_configured(config.data)
     manifest, batch = dataset.manifest, config.training.batch_size
     image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
     threads = torch.get_num_threads()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vaegan_dist.config import Config
-from vaegan_dist.data.dataset import open_dataset
+from vaegan_dist.data.configured import open_configured
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.evaluation.features import automatic
 from vaegan_dist.models import ImageShape
@@ -78,8 +78,7 @@ def _unknown(metrics: tuple[str, ...], offer: _Offer) -> str:
 
 def _offer(config: Config) -> _Offer:
     """Names that the records hold; the data set is opened, nothing is trained."""
-    data = config.data
-    manifest = open_dataset(data.path, in_memory=False, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes).manifest
+    manifest = open_configured(config.data, read=False).manifest
     image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
     features = config.evaluation.features
     if features == "auto":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from vaegan_dist.config import NETWORK_NAMES, Config, NetworkName, Phase
-from vaegan_dist.data.dataset import open_dataset
+from vaegan_dist.data.configured import open_configured
 from vaegan_dist.data.order import EpochOrder
 from vaegan_dist.models import ImageShape, outline_networks
 from vaegan_dist.objectives import build_objective
@@ -83,8 +83,7 @@ def describe(config: Config) -> Plan:
     Raises:
         InputError, ConfigError: as the run itself would.
     """
-    data = config.data
-    dataset = open_dataset(data.path, in_memory=False, cache_dir=data.cache_dir, cache_bytes=data.cache_bytes)
+    dataset = open_configured(config.data, read=False)
     manifest = dataset.manifest
     image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
     order = EpochOrder(

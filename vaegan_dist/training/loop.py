@@ -17,7 +17,8 @@ import torch
 from vaegan_dist.config import Config, Phase
 from vaegan_dist.data.augment import Augmentation
 from vaegan_dist.data.bad_samples import BadSamples
-from vaegan_dist.data.dataset import ShardDataset, open_dataset
+from vaegan_dist.data.configured import open_configured
+from vaegan_dist.data.dataset import ShardDataset
 from vaegan_dist.data.loader import train_batches
 from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import VaeganError
@@ -66,14 +67,7 @@ class Training:
     def __init__(self, config: Config, runtime: Runtime, lock: RunLock, dtype: torch.dtype) -> None:
         self.config, self.runtime, self.dtype = config, runtime, dtype
         self.folder = run_folder(config)
-        self.dataset: ShardDataset = open_dataset(
-            config.data.path,
-            in_memory=config.data.in_memory,
-            max_bad_samples=config.data.max_bad_samples,
-            counted_elsewhere=True,
-            cache_dir=config.data.cache_dir,
-            cache_bytes=config.data.cache_bytes,
-        )
+        self.dataset: ShardDataset = open_configured(config.data, counted_elsewhere=True)
         manifest = self.dataset.manifest
         self.image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
         self.augment = Augmentation(config.run.seed, config.data.flip, config.data.random_crop, runtime.device)

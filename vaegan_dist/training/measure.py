@@ -11,7 +11,8 @@ from torch import Tensor
 from vaegan_dist.config import DataSection, EvaluationSection, ObjectiveSection
 from vaegan_dist.data.batch import Batch
 from vaegan_dist.data.cache import cache_folder, content_key
-from vaegan_dist.data.dataset import ShardDataset, open_dataset
+from vaegan_dist.data.configured import open_configured
+from vaegan_dist.data.dataset import ShardDataset
 from vaegan_dist.data.loader import evaluation_batches
 from vaegan_dist.data.manifest import MANIFEST_NAME
 from vaegan_dist.data.urls import is_remote, local_path
@@ -56,17 +57,10 @@ def open_splits(data: DataSection, path: str, split: str, image: ImageShape) -> 
         InputError: there is no such split, or its pictures are not of the model's size.
     """
     if split == "auto":
-        split = VALIDATION if _has_validation(path) else TRAIN
+        split = VALIDATION if _has_validation(data, path) else TRAIN
 
     def opened(name: str) -> ShardDataset:
-        dataset = open_dataset(
-            path,
-            name,
-            in_memory=data.in_memory,
-            max_bad_samples=data.max_bad_samples,
-            cache_dir=data.cache_dir,
-            cache_bytes=data.cache_bytes,
-        )
+        dataset = open_configured(data, name, path=path)
         require_size(dataset, image, path)
         return dataset
 
@@ -78,11 +72,11 @@ def open_splits(data: DataSection, path: str, split: str, image: ImageShape) -> 
     return Splits(opened(split), other, split)
 
 
-def _has_validation(path: str) -> bool:
+def _has_validation(data: DataSection, path: str) -> bool:
     if not is_remote(path):
         return (Path(local_path(path)) / VALIDATION / MANIFEST_NAME).is_file()
     try:
-        open_dataset(path, VALIDATION, in_memory=False).close()
+        open_configured(data, VALIDATION, path=path, read=False).close()
     except InputError as error:
         log.info("no validation split: %s", error)
         return False
