@@ -2,8 +2,8 @@
 
 import shutil
 import socket
-import threading
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 import vaegan_dist.cluster.ray_train as ray_train  # first: it sets what Ray reads when it is imported
+from vaegan_dist.cluster.background import background
 from vaegan_dist.cluster.fan_out import TIMEOUT_SECONDS, Tell, Work
 from vaegan_dist.cluster.placement import worker_resources
 from vaegan_dist.config import ClusterSection, Config
@@ -95,11 +96,14 @@ def fan_out_on_ray(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=3, max_preemption_failures=0),
         ),
     )
-    ending = threading.Event()
-    watcher = threading.Thread(target=_follow, args=(board, tell, ending), name="board-watcher", daemon=True)
-    watcher.start()
+
+    def follow() -> None:
+        with suppress(ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):  # the end is told otherwise
+            tell(ray.get(board.take.remote(), timeout=10))
+
     try:
-        trainer.fit()
+        with background("board-watcher", follow, POLL_SECONDS, once_more=True):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         _, failure = ray.get(board.ending.remote())
         if failure is not None:
@@ -109,22 +113,9 @@ def fan_out_on_ray(
         last = str(error).strip().splitlines()[-1]
         raise VaeganError(f"a rank failed: {last}; run the same command again") from None
     finally:
-        ending.set()
-        watcher.join()
         shutil.rmtree(scratch, ignore_errors=True)
     result: dict[str, Any] | None = ray.get(board.ending.remote())[0]
     return result
-
-
-def _follow(board: Any, tell: Tell, ending: threading.Event) -> None:
-    while True:
-        last = ending.wait(POLL_SECONDS)
-        try:
-            tell(ray.get(board.take.remote(), timeout=10))
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-            return
-        if last:
-            return
 
 
 def _worker(arguments: dict[str, Any]) -> None:

@@ -8,12 +8,11 @@ few seconds at best, and without its scheduler's.
 import logging
 import os
 import shutil
-import threading
 import uuid
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 # Read by Tune in this process when an experiment starts.
@@ -29,6 +28,7 @@ import ray
 from ray import tune
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
+from vaegan_dist.cluster.background import background
 from vaegan_dist.cluster.placement import worker_resources
 from vaegan_dist.cluster.ray_train import connect, local_cpus
 from vaegan_dist.cluster.signals import stop_signals
@@ -257,22 +257,13 @@ class _Callback(tune.Callback):  # type: ignore[misc]
 @contextmanager
 def _followed(hub: Any, on_progress: OnProgress) -> Iterator[None]:
     """Within the block, a thread shows where the trials are."""
-    ending = threading.Event()
 
     def follow() -> None:
-        while not ending.wait(POLL_SECONDS):
-            try:
-                on_progress(ray.get(hub.progress.remote(), timeout=10))
-            except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError):
-                continue
+        with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):  # the next look may have an answer
+            on_progress(ray.get(hub.progress.remote(), timeout=10))
 
-    thread = threading.Thread(target=follow, name="sweep-table", daemon=True)
-    thread.start()
-    try:
+    with background("sweep-table", follow, POLL_SECONDS):
         yield
-    finally:
-        ending.set()
-        thread.join()
 
 
 @contextmanager

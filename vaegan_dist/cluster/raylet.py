@@ -3,13 +3,13 @@
 import os
 import socket
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import ray
 
+from vaegan_dist.cluster.background import background
 from vaegan_dist.errors import VaeganError
 
 POLL_SECONDS = 0.5
@@ -25,26 +25,20 @@ def raylet_watched(block: Callable[[], str]) -> Iterator[None]:
     """
     path = ray._private.worker.global_worker.node.raylet_socket_name
     head = ray.get_runtime_context().gcs_address
-    ending = threading.Event()
+    silent = looks = 0
 
     def watch() -> None:
-        silent, looks = 0, 0
-        while not ending.wait(POLL_SECONDS):
-            if not _listens(path):
-                _end(block)
-            looks += 1
-            if looks % HEAD_LOOKS == 0:
-                silent = 0 if _answers(head) else silent + 1
-                if silent == 2:
-                    _warn_of_head(head, block)
+        nonlocal silent, looks
+        if not _listens(path):
+            _end(block)
+        looks += 1
+        if looks % HEAD_LOOKS == 0:
+            silent = 0 if _answers(head) else silent + 1
+            if silent == 2:
+                _warn_of_head(head, block)
 
-    thread = threading.Thread(target=watch, name="raylet-watch", daemon=True)
-    thread.start()
-    try:
+    with background("raylet-watch", watch, POLL_SECONDS):
         yield
-    finally:
-        ending.set()
-        thread.join()
 
 
 def _listens(path: str) -> bool:
