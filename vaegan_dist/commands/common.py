@@ -3,11 +3,14 @@
 import argparse
 import sys
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeAlias
 
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
+from vaegan_dist.config_source import preset_names
 from vaegan_dist.errors import ConfigError
 
 PLAIN_SECONDS = 10.0
@@ -21,6 +24,60 @@ class Parser(argparse.ArgumentParser):
 
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+# Options of every command that begins a run, and the configuration keys that they are short for.
+SHORT_FORMS = {"name": "run.name", "storage": "run.storage", "data": "data.path", "seed": "run.seed"}
+
+
+def add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What a run is made from and where it is carried out."""
+    parser.add_argument("--preset", help=f"start from a preset: {', '.join(preset_names())}")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset")
+    parser.add_argument(
+        "--address", default="auto", help="Ray cluster: auto (default), local (start one here), or an address"
+    )
+    parser.add_argument("--worker-logs", action="store_true", help="also show what Ray's workers print")
+    for name, key in SHORT_FORMS.items():
+        parser.add_argument(f"--{name}", help=f"short for {key}")
+
+
+def short_forms(options: argparse.Namespace, more: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """The short options that were given, as KEY=VALUE.
+
+    Args:
+        more: short forms of this command alone, name to key.
+    """
+    keys = {**SHORT_FORMS, **more}
+    return [f"{key}={getattr(options, name)}" for name, key in keys.items() if getattr(options, name) is not None]
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, exported: bool = False) -> None:
+    """Which model, and which of its weights.
+
+    Args:
+        exported: whether a folder of `export` will do.
+    """
+    kinds = (
+        "a run's folder, one of its checkpoints, or an exported folder"
+        if exported
+        else "a run's folder, or one of its checkpoints"
+    )
+    parser.add_argument("model", metavar="RUN", help=kinds)
+    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or last weights (ema)")
+
+
+def add_data_options(parser: argparse.ArgumentParser, split: str = "train") -> None:
+    """Which pictures a trained model is given."""
+    parser.add_argument("--data", help="prepared data set (default: the run's own)")
+    parser.add_argument("--split", default=split, help=f"its split (default: {split})")
+
+
+def require_at_least(options: argparse.Namespace, least: int, *names: str) -> None:
+    """Raise ConfigError for an option below `least`."""
+    for name in names:
+        if getattr(options, name) < least:
+            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: give a number of at least {least}")
 
 
 class Counter:

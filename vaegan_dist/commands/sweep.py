@@ -8,40 +8,29 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaegan_dist.commands.common import Subparsers
+from vaegan_dist.commands.common import Subparsers, add_run_options, short_forms
 from vaegan_dist.config import Config
-from vaegan_dist.config_source import load_config, preset_names
+from vaegan_dist.config_source import load_config
 from vaegan_dist.errors import STOPPED, ConfigError, VaeganError
 from vaegan_dist.reporting.progress import duration, short
 from vaegan_dist.sweeps.settings import PREFIX, SweepSettings, read_settings
-from vaegan_dist.training.presence import RunLock
 
 if TYPE_CHECKING:
     from vaegan_dist.sweeps.ledger import Trial
     from vaegan_dist.sweeps.plan import Plan
-
-SHORT = {"storage": "run.storage", "data": "data.path", "seed": "run.seed", "name": "run.name"}
 
 
 def add_sweep(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "sweep",
         help="search a space of configurations, or continue a search",
-        description="Search a space of configurations. The same command again continues the sweep of that name.",
+        description="Search a space of configurations around a preset; what is tried follows from the seed. The same "
+        "command again continues the sweep of that name (default: the file's).",
         epilog=_settings_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("space", metavar="SPACE.yaml", help="the sweep: metric, trials, scheduler, space (see below)")
-    parser.add_argument("--preset", help=f"what is searched around: {', '.join(preset_names())}")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset")
-    parser.add_argument(
-        "--address", default="auto", help="Ray cluster: auto (default), local (start one here), or an address"
-    )
-    parser.add_argument("--worker-logs", action="store_true", help="also show what Ray's workers print")
-    parser.add_argument("--name", help="short for run.name: the sweep's folder (default: the file's name)")
-    parser.add_argument("--storage", help="short for run.storage")
-    parser.add_argument("--data", help="short for data.path")
-    parser.add_argument("--seed", help="short for run.seed; proposals follow from it as well")
+    add_run_options(parser)
     parser.add_argument("--trials", help="short for sweep.trials")
     parser.add_argument("--concurrent", help="short for sweep.concurrent")
     parser.add_argument("--rate", type=float, help="images/s of one trial, for the cost (default: measured here)")
@@ -60,10 +49,11 @@ def _settings_help() -> str:
 def sweep_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     """Run a sweep, and say what won and where it is."""
     settings, config = _read(options, overrides)
-    # Ray and Optuna take seconds to import; only this command pays for that.
+    # Torch, Ray and Optuna take seconds to import; only this command pays for that.
     from vaegan_dist.cluster.ray_train import with_absolute_paths
     from vaegan_dist.sweeps.ledger import open_ledger
     from vaegan_dist.sweeps.plan import make_plan
+    from vaegan_dist.training.presence import RunLock
 
     plan = make_plan(settings, with_absolute_paths(config))
     if options.dry_run:
@@ -81,10 +71,9 @@ def _read(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[SweepS
     own = [item for item in overrides if item.startswith(PREFIX)]
     own += [f"{PREFIX}{name}={getattr(options, name)}" for name in ("trials", "concurrent") if getattr(options, name)]
     settings = read_settings(Path(options.space), own)
-    shorts = [f"{key}={getattr(options, name)}" for name, key in SHORT.items() if getattr(options, name) is not None]
     others = [item for item in overrides if not item.startswith(PREFIX)]
     name = f"run.name={Path(options.space).stem}"
-    return settings, load_config(options.preset, options.config, [name, *shorts, *others])
+    return settings, load_config(options.preset, options.config, [name, *short_forms(options), *others])
 
 
 def _run(plan: "Plan", options: argparse.Namespace) -> int:

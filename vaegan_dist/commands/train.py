@@ -8,15 +8,17 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaegan_dist.commands.common import Subparsers
+from vaegan_dist.commands.common import Subparsers, add_run_options, short_forms
 from vaegan_dist.commands.describe import model_text
 from vaegan_dist.config import Config
-from vaegan_dist.config_source import dump_yaml, load_config, preset_names, reference
+from vaegan_dist.config_source import dump_yaml, load_config, reference
 from vaegan_dist.errors import STOPPED
 from vaegan_dist.reporting.progress import Progress
 
 if TYPE_CHECKING:  # torch takes seconds to import; only the commands that use it pay for that
     from vaegan_dist.training.describe import Plan
+
+SHORT = {"workers": "cluster.workers", "profile": "reporting.profile_steps"}
 
 
 def add_train(subparsers: Subparsers) -> None:
@@ -27,19 +29,10 @@ def add_train(subparsers: Subparsers) -> None:
         epilog=_configuration_help(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--preset", help=f"start from a preset: {', '.join(preset_names())}")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset")
-    parser.add_argument("--runtime", choices=["ray", "local"], default="ray", help="default: ray")
-    parser.add_argument(
-        "--address", default="auto", help="Ray cluster: auto (default), local (start one here), or an address"
-    )
-    parser.add_argument("--worker-logs", action="store_true", help="also show what Ray's workers print")
-    parser.add_argument("--name", help="short for run.name")
-    parser.add_argument("--storage", help="short for run.storage")
-    parser.add_argument("--data", help="short for data.path")
+    add_run_options(parser)
     parser.add_argument("--workers", help="short for cluster.workers")
-    parser.add_argument("--seed", help="short for run.seed")
     parser.add_argument("--profile", metavar="STEPS", help="short for reporting.profile_steps")
+    parser.add_argument("--runtime", choices=["ray", "local"], default="ray", help="default: ray")
     parser.add_argument("--fresh", action="store_true", help="a new run; an error where one of that name stands")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and plan, and exit")
     parser.set_defaults(run=train_command, takes_overrides=True)
@@ -58,7 +51,7 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from vaegan_dist.training.failure import Aftermath
     from vaegan_dist.training.remote import refuse_standing
 
-    config = load_config(options.preset, options.config, [*_short_forms(options), *overrides])
+    config = load_config(options.preset, options.config, [*short_forms(options, SHORT), *overrides])
     if options.runtime == "ray":
         # Ray takes seconds to import; only the commands that use it pay for that.
         from vaegan_dist.cluster.ray_train import train_on_ray, with_absolute_paths
@@ -83,18 +76,6 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
             outcome = train_local(config, aftermath.note)
     print(_summary(config, outcome.reason, outcome.images_seen, outcome.checkpoint, time.monotonic() - started))
     return STOPPED if outcome.reason == "stopped" else 0
-
-
-def _short_forms(options: argparse.Namespace) -> list[str]:
-    keys = {
-        "name": "run.name",
-        "storage": "run.storage",
-        "data": "data.path",
-        "workers": "cluster.workers",
-        "seed": "run.seed",
-        "profile": "reporting.profile_steps",
-    }
-    return [f"{key}={getattr(options, name)}" for name, key in keys.items() if getattr(options, name) is not None]
 
 
 def _plan_text(config: Config, plan: "Plan") -> str:

@@ -7,15 +7,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vaegan_dist.commands.common import Counter, Subparsers
-from vaegan_dist.errors import ConfigError
+from vaegan_dist.commands.common import Counter, Subparsers, add_data_options, add_model_options, require_at_least
 
 
 def _add_shared(parser: argparse.ArgumentParser, split: str) -> None:
-    parser.add_argument("model", metavar="RUN", help="a run's folder, one of its checkpoints, or an exported folder")
-    parser.add_argument("--data", help="prepared data set (default: the run's own)")
-    parser.add_argument("--split", default=split, help=f"its split (default: {split})")
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or last weights (ema)")
+    add_model_options(parser, exported=True)
+    add_data_options(parser, split)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: 0)")
     parser.add_argument("--batch-size", type=int, default=256, help="pictures at a time over all workers (256)")
     parser.add_argument("--runtime", choices=["local", "ray"], default="local", help="default: local")
@@ -23,12 +20,6 @@ def _add_shared(parser: argparse.ArgumentParser, split: str) -> None:
     parser.add_argument("--gpus", action="store_true", help="each rank takes a GPU")
     parser.add_argument("--address", default="auto", help="Ray cluster: auto (default), local, or an address")
     parser.set_defaults(takes_overrides=False)
-
-
-def _checked(options: argparse.Namespace, *names: str) -> None:
-    for name in names:
-        if getattr(options, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}={getattr(options, name)}: give a number above 0")
 
 
 def _fan_out(work: Any, arguments: dict[str, Any], options: argparse.Namespace, output: Path, counter: Any) -> Any:
@@ -90,7 +81,7 @@ def evaluate_command(options: argparse.Namespace, overrides: Sequence[str]) -> i
     from vaegan_dist.evaluation.table import notes, table
     from vaegan_dist.use.assess import TABLE, Task, assess_task, complete, pictures_of
 
-    _checked(options, "samples", "batch_size", "workers")
+    require_at_least(options, 1, "samples", "batch_size", "workers")
     _absolute(options)
     known = {field.name for field in fields(Task)}
     task = complete(Task(**{key: value for key, value in vars(options).items() if key in known and value is not None}))
@@ -126,7 +117,7 @@ def encode_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
     from vaegan_dist.data.latents import read_latent_manifest
     from vaegan_dist.use.encode import Task, begun, encode_task, finish, open_work
 
-    _checked(options, "batch_size", "workers")
+    require_at_least(options, 1, "batch_size", "workers")
     _absolute(options)
     known = {field.name for field in fields(Task)}
     task = Task(**{key: value for key, value in vars(options).items() if key in known and value is not None})
@@ -152,10 +143,9 @@ def add_export(subparsers: Subparsers) -> None:
         help="write a model for use elsewhere",
         description="Write encoder and decoder with a model card, for vaegan_dist.load, diffusers or ONNX.",
     )
-    parser.add_argument("model", metavar="RUN", help="a run's folder, or one of its checkpoints")
+    add_model_options(parser)
     parser.add_argument("output", help="folder to write")
     parser.add_argument("--format", choices=["safetensors", "diffusers", "onnx"], default="safetensors")
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema", help="averaged or last weights (ema)")
     parser.add_argument("--latents", help="folder of `encode`: its scaling factor goes into the diffusers folder")
     parser.set_defaults(run=export_command, takes_overrides=False)
 
