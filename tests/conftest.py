@@ -1,10 +1,11 @@
 """Fixtures that every room's tests share."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.needs import missing
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -13,10 +14,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def shared() -> Path:
     """The folder of shared data beside the repository; skips without it, fails without it under CI."""
     if not SHARED.is_dir():
-        message = f"shared data folder {SHARED} is missing"
-        if os.environ.get("CI"):
-            pytest.fail(message)
-        pytest.skip(message)
+        missing(f"shared data folder {SHARED}")
     return SHARED
 
 

@@ -2,14 +2,14 @@
 
 import itertools
 import os
-import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import pytest
 import yaml
+
+from tests.needs import needed
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 K8S = REPOSITORY / "k8s"
@@ -19,18 +19,6 @@ COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
 APART = {"autoscaling", "kueue"}
 
 Manifest = dict[str, Any]
-
-
-def missing(what: str) -> NoReturn:
-    """Skips the test, naming what is not there; fails it under CI."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what} is missing")
-    pytest.skip(f"{what} is missing")
-
-
-def needed(tool: str) -> str:
-    """The tool's path."""
-    return shutil.which(tool) or missing(tool)
 
 
 def own_components(overlay: str) -> set[str]:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.k8s.dockerfile import DOCKERFILE, Build, instructions
-from tests.k8s.rendering import REPOSITORY, missing
+from tests.k8s.rendering import REPOSITORY
+from tests.needs import missing
 
 OFFLINE = re.compile("No matching distribution found for hatchling|Could not find a version that satisfies .*hatchling")
 

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.k8s.rendering import K8S, OVERLAYS, Manifest, combinations, missing, needed, render
+from tests.k8s.rendering import K8S, OVERLAYS, Manifest, combinations, render
 from tests.k8s.rules import amount, cluster_spec, operator_refuses, pods, violations
+from tests.needs import missing, needed
 from vaegan_dist.config_source import load_config
 
 # The Secrets that a person makes (docs/kubernetes.md).

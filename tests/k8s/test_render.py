@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.k8s.rendering import K8S, REPOSITORY, Manifest, needed
+from tests.k8s.rendering import K8S, REPOSITORY, Manifest
 from tests.k8s.rules import operator_refuses, violations
 from tests.k8s.test_manifests import check
+from tests.needs import needed
 
 
 def rendered(*arguments: str) -> "subprocess.CompletedProcess[str]":

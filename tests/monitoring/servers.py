@@ -2,8 +2,6 @@
 
 import contextlib
 import json
-import os
-import shutil
 import socket
 import subprocess
 import time
@@ -11,23 +9,11 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import pytest
+from tests.needs import needed
 
 PATIENCE = 300.0
-
-
-def missing(what: str) -> NoReturn:
-    """Skips the test, naming what is not there; fails it under CI."""
-    if os.environ.get("CI"):
-        pytest.fail(f"{what} is missing")
-    pytest.skip(f"{what} is missing")
-
-
-def needed(tool: str) -> str:
-    """The tool's path."""
-    return shutil.which(tool) or missing(tool)
 
 
 def free_port() -> int:

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.monitoring.servers import Prometheus, free_port, needed, prometheus, wait_until
+from tests.monitoring.servers import Prometheus, free_port, prometheus, wait_until
+from tests.needs import needed
 from vaegan_dist.reporting.status import read_status
 
 pytestmark = [pytest.mark.ray, pytest.mark.chaos, pytest.mark.timeout(1200)]

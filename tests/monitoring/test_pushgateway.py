@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.monitoring.servers import free_port, get, needed, prometheus, running, wait_until
+from tests.monitoring.servers import free_port, get, prometheus, running, wait_until
+from tests.needs import needed
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
 from vaegan_dist.reporting.prometheus import Exporter

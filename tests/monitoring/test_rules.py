@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.monitoring.servers import needed
+from tests.needs import needed
 from vaegan_dist.reporting.metrics import JOB_METRICS, METRICS
 
 MONITORING = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.monitoring.servers import free_port, get, needed
+from tests.monitoring.servers import free_port, get
+from tests.needs import needed
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
 from vaegan_dist.reporting.metrics import METRICS, MOST_SHARDS, RunIdentity, RunMetrics, metric_of

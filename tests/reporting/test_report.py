@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from tests.monitoring.servers import missing
+from tests.needs import missing
 from vaegan_dist.cli import main
 from vaegan_dist.errors import InputError
 from vaegan_dist.reporting.charts import LineChart, Series, Shares, nice_ticks, thinned

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.monitoring.servers import free_port, get, missing, running, wait_until
+from tests.monitoring.servers import free_port, get, running, wait_until
+from tests.needs import missing
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
 from vaegan_dist.reporting import trackers
