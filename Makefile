@@ -1,5 +1,5 @@
 # make train   set up, prepare the embedded digits, train the preset seed-mlp with two workers
-# make test    set up, run every test; those with a real Ray wait a lot, so they run beside the others
+# make test    set up, run every test, in two processes at once: each of them waits a lot, for Ray, ranks and servers
 # make chaos   the full set: hundreds of kills, of Ray and its nodes too, sweeps and monitoring on a real Ray; about an hour
 # make check   lint, format and type checks
 # make clean   remove the environment, the data and the runs
@@ -21,11 +21,14 @@ train: $(READY)
 	$(BIN)/vaegan-dist prepare digits data/digits
 	$(BIN)/vaegan-dist train --preset seed-mlp --data data/digits --address local
 
+# About half of the time; whatever is not named here runs in the other process.
+HALF := tests/cluster tests/evaluation tests/k8s tests/monitoring tests/reporting tests/sweeps tests/use
+
 test: $(READY)
 	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest -m "ray and not chaos" > .venv/ray-tests.log 2>&1 & ray=$$!; \
-	$(BIN)/python -m pytest -m "not ray and not chaos"; rest=$$?; \
-	echo "tests with a real Ray:"; wait $$ray; code=$$?; cat .venv/ray-tests.log; exit $$((rest + code))
+	$(BIN)/python -m pytest $(HALF) > .venv/tests.log 2>&1 & half=$$!; \
+	$(BIN)/python -m pytest $(HALF:%=--ignore=%); rest=$$?; \
+	echo "the other half:"; wait $$half; code=$$?; cat .venv/tests.log; exit $$((rest + code))
 
 chaos: $(READY)
 	$(BIN)/python -m pytest -m chaos -s tests
