@@ -7,6 +7,7 @@ alike. All of them shuffle: ours as in training, the others as far as four shard
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import io
@@ -38,6 +39,7 @@ from vaegan_dist.data.manifest import Manifest, ShardInfo, write_manifest
 from vaegan_dist.data.order import EpochOrder
 
 BATCH, STREAMS, BLOCK_SHARDS = 128, 64, 4
+PATIENCE_SECONDS = 120.0
 RESULTS = Path(__file__).with_name("RESULTS.md")
 
 
@@ -288,6 +290,14 @@ def serve(
     pipe.send("done")
 
 
+def answer(pipe: Any) -> Any:
+    """What a contender says; None if it has ended or says nothing for long."""
+    with contextlib.suppress(EOFError, ConnectionError):
+        if pipe.poll(PATIENCE_SECONDS):
+            return pipe.recv()
+    return None
+
+
 def memory() -> float:
     """MiB of this process that no other shares (proportional share of what others do), its children included."""
     total = 0
@@ -316,21 +326,24 @@ def measure(folder: Path, case: Case, workers: int, rounds: int) -> dict[str, di
         process = context.Process(target=serve, args=(there, make, folder, case, workers, cores))
         process.start()
         there.close()
-        try:
-            here.recv()
+        if answer(here) is None:
+            print(f"{case.name}: {name} did not start and is left out", flush=True)
+            process.kill()
+        else:
             running[name] = here, process
-        except EOFError:
-            print(f"{case.name}: {name} failed to start and is left out", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in running}
     resident: dict[str, float] = {}
     for turn in range(rounds):
         for name in sorted(running, key=lambda n: hashlib.sha256(f"{turn}{n}".encode()).digest()):
             running[name][0].send(case.images)
-            spent, resident[name] = running[name][0].recv()
-            seconds[name].append(spent)
+            found = answer(running[name][0])
+            if found is None:
+                raise SystemExit(f"error: {case.name}: {name} hangs or has ended in round {turn}")
+            seconds[name].append(found[0])
+            resident[name] = found[1]
     for here, process in running.values():
         here.send(None)
-        here.recv()
+        answer(here)
         process.join(30)
         process.kill()
     return {
