@@ -163,7 +163,8 @@ class ReportingSection(Section):
     wandb_project: Annotated[str, Field(min_length=1)] = "vaegan_dist"
     """Weights & Biases project that the run becomes part of"""
     metrics_port: Annotated[int, Field(ge=0, le=65_515)] = 9108
-    """port of the run's metrics for Prometheus, or one of the 19 after it where it is taken; 0: not served"""
+    """port of the metrics of a run or a sweep for Prometheus, or one of the 19 after it where it is taken; 0: none are
+    served"""
     metrics_address: str | None = None
     """address that metrics are served at (default: 127.0.0.1, in a Kubernetes pod 0.0.0.0)"""
     pushgateway: str | None = None

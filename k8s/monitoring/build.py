@@ -13,7 +13,7 @@ import yaml
 HERE = Path(__file__).resolve().parent
 SOURCE = {"type": "prometheus", "uid": "${source}"}
 RUN = 'run="$run"'
-RUNS = 'run=~"$runs"'
+SWEEP = 'sweep="$sweep"'
 
 # Title, unit, (query, legend) pairs. Rows of panels, three a row.
 Panel = tuple[str, str, list[tuple[str, str]]]
@@ -97,27 +97,41 @@ RUN_PANELS: list[Panel] = [
     ),
 ]
 SWEEP_STATS: list[Panel] = [
-    ("Runs under way", "none", [(f'sum(vaegan_run_state{{{RUNS}, state="running"}})', "")]),
-    ("Images per second, all", "short", [(f"sum(vaegan:images_per_second:rate5m{{{RUNS}}})", "")]),
-    ("Best FID", "none", [(f'min(vaegan_evaluation_result{{{RUNS}, metric="fid"}})', "")]),
-    ("Longest silence", "s", [(f"max(vaegan_progress_age_seconds{{{RUNS}}})", "")]),
-    ("Restarts", "none", [(f"sum(vaegan_restarts_total{{{RUNS}}})", "")]),
-    ("Not finite", "none", [(f"sum(vaegan_nonfinite_records_total{{{RUNS}}})", "")]),
+    ("Trials ended", "percentunit", [(f"vaegan:sweep_trials:ended_share{{{SWEEP}}}", "")]),
+    ("Trials under way", "none", [(f'vaegan_sweep_trials{{{SWEEP}, state="running"}}', "")]),
+    ("Trials failed", "none", [(f"vaegan_sweep_trial_failures_total{{{SWEEP}}}", "")]),
+    ("Best trial", "none", [(f"vaegan_sweep_best_trial{{{SWEEP}}}", "")]),
+    ("Time left", "s", [(f"vaegan_sweep_remaining_seconds{{{SWEEP}}}", "")]),
+    ("Last news", "s", [(f"vaegan_sweep_progress_age_seconds{{{SWEEP}}}", "")]),
 ]
 SWEEP_PANELS: list[Panel] = [
-    ("FID", "none", [(f'vaegan_evaluation_result{{{RUNS}, metric="fid"}}', "{{run}}")]),
-    ("Reconstruction (nats per image)", "none", [(f'vaegan_loss{{{RUNS}, term="rec"}}', "{{run}}")]),
-    ("KL (nats per image)", "none", [(f'vaegan_loss{{{RUNS}, term="kl"}}', "{{run}}")]),
-    ("Images seen", "short", [(f"vaegan_images_seen{{{RUNS}}}", "{{run}}")]),
-    ("Throughput (images/s)", "short", [(f"vaegan_images_per_second{{{RUNS}}}", "{{run}}")]),
+    ("Best value so far", "none", [(f"vaegan_sweep_best_value{{{SWEEP}}}", "{{metric}} ({{mode}})")]),
+    ("Trials under way: last value", "none", [(f"vaegan_sweep_trial_value{{{SWEEP}}}", "{{trial}} {{metric}}")]),
+    ("Trials by state", "none", [(f"vaegan_sweep_trials{{{SWEEP}}}", "{{state}}")]),
+    ("Values of the best trial", "none", [(f"vaegan_sweep_best_parameter{{{SWEEP}}}", "{{key}}")]),
+    ("Trials under way: images seen", "short", [(f"vaegan_sweep_trial_images_seen{{{SWEEP}}}", "{{trial}}")]),
     (
-        "Worst discriminator accuracy",
-        "percentunit",
-        [(f"min by (run) (vaegan_discriminator_accuracy_ratio{{{RUNS}}})", "{{run}}")],
+        "Images of all trials",
+        "short",
+        [
+            (f"vaegan_sweep_images_seen{{{SWEEP}}}", "seen"),
+            (f"vaegan_sweep_target_images{{{SWEEP}}}", "if none were stopped early"),
+        ],
     ),
-    ("Gradient norm of the decoder", "none", [(f'vaegan_gradient_norm{{{RUNS}, network="decoder"}}', "{{run}}")]),
-    ("Learning rate of the decoder", "none", [(f'vaegan_learning_rate{{{RUNS}, network="decoder"}}', "{{run}}")]),
-    ("Waiting for data", "percentunit", [(f"vaegan_data_wait_ratio{{{RUNS}}}", "{{run}}")]),
+    (
+        "Throughput of all trials (images/s)",
+        "short",
+        [
+            (f"vaegan_sweep_images_per_second{{{SWEEP}}}", "last log intervals"),
+            (f"vaegan:sweep_images_per_second:rate15m{{{SWEEP}}}", "15 minutes"),
+        ],
+    ),
+    (
+        "Trials under way: throughput (images/s)",
+        "short",
+        [(f"vaegan_sweep_trial_images_per_second{{{SWEEP}}}", "{{trial}}")],
+    ),
+    ("Failures in the last hour", "none", [(f"increase(vaegan_sweep_trial_failures_total{{{SWEEP}}}[1h])", "failed")]),
     ("Ray: GPU of the nodes", "percent", [("ray_node_gpus_utilization", "{{instance}}")]),
     ("Ray: CPU of the nodes", "percent", [("ray_node_cpu_utilization", "{{instance}}")]),
     ("Ray: memory of the nodes", "bytes", [("ray_node_mem_used", "{{instance}}")]),
@@ -177,18 +191,18 @@ def dashboard(uid: str, title: str, variable: dict[str, Any], stats: list[Panel]
     return json.dumps(tree, indent=1) + "\n"
 
 
-def variable(name: str, label: str, several: bool) -> dict[str, Any]:
-    """The choice of a run, or of several."""
+def variable(name: str, label: str, metric: str) -> dict[str, Any]:
+    """The choice of a run or a sweep: values of the label `name` of a metric that each of them has."""
     return {
         "name": name,
         "label": label,
         "type": "query",
         "datasource": SOURCE,
-        "query": {"query": "label_values(vaegan_run_info, run)", "refId": "runs"},
+        "query": {"query": f"label_values({metric}, {name})", "refId": f"{name}s"},
         "refresh": 2,
         "sort": 1,
-        "multi": several,
-        "includeAll": several,
+        "multi": False,
+        "includeAll": False,
     }
 
 
@@ -205,10 +219,14 @@ def outputs() -> dict[Path, str]:
     return {
         HERE / "prometheus-rule.yaml": head + yaml.safe_dump(rule, sort_keys=False, width=4000),
         HERE / "dashboards" / "run.json": dashboard(
-            "vaegan-run", "vaegan_dist: a run", variable("run", "Run", False), RUN_STATS, RUN_PANELS
+            "vaegan-run", "vaegan_dist: a run", variable("run", "Run", "vaegan_run_info"), RUN_STATS, RUN_PANELS
         ),
         HERE / "dashboards" / "sweep.json": dashboard(
-            "vaegan-sweep", "vaegan_dist: a sweep", variable("runs", "Runs", True), SWEEP_STATS, SWEEP_PANELS
+            "vaegan-sweep",
+            "vaegan_dist: a sweep",
+            variable("sweep", "Sweep", "vaegan_sweep_info"),
+            SWEEP_STATS,
+            SWEEP_PANELS,
         ),
     }
 

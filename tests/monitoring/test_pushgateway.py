@@ -11,7 +11,9 @@ from tests.monitoring.servers import free_port, get, prometheus, running, wait_u
 from tests.needs import needed
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
+from vaegan_dist.errors import VaeganError
 from vaegan_dist.reporting.prometheus import Exporter
+from vaegan_dist.reporting.sweep_metrics import SweepExporter, SweepIdentity, SweepSnapshot, TrialSnapshot
 
 
 @pytest.fixture(scope="module")
@@ -79,11 +81,29 @@ def test_a_failure_keeps_the_last_success(gateway: int, tmp_path: Path) -> None:
     assert bad["vaegan_job_last_end_timestamp_seconds"] > good["vaegan_job_last_end_timestamp_seconds"]
 
 
+def test_a_sweep_pushes_its_end_without_its_trials(gateway: int, tmp_path: Path) -> None:
+    about = SweepIdentity("s", {"fid": "min"}, trials=2, total_images=200)
+    trial = TrialSnapshot(1, "0001", 50, {"fid": 3.0})
+    now = SweepSnapshot({"running": 1, "done": 1}, 150, 150, 0.0, None, TrialSnapshot(0, "0000", 100, {}), (trial,))
+    with SweepExporter(config_for(gateway, "sweep"), about, tmp_path, lambda: now) as exporter:
+        exporter.endpoint.push()
+        assert "vaegan_job_success" not in lines_of(gateway, "sweep"), "it has not ended"
+        exporter.ended("done")
+    found = lines_of(gateway, "sweep")
+    assert (found["vaegan_job_success"], found["vaegan_sweep_images_total"], found["vaegan_sweep_best_trial"]) == (
+        1, 150, 0,
+    )  # fmt: skip
+    # What nobody replaces would stay at the gateway for good.
+    assert not {"vaegan_sweep_trial_images_seen", "vaegan_sweep_trial_value"} & set(found)
+    with pytest.raises(VaeganError), SweepExporter(config_for(gateway, "sweep"), about, tmp_path, lambda: now):
+        raise VaeganError("not one of 2 trials has a value")
+    assert lines_of(gateway, "sweep")["vaegan_job_success"] == 0
+
+
 def test_a_group_can_be_deleted_at_the_end(gateway: int, tmp_path: Path) -> None:
     config = config_for(gateway, "gone", "reporting.pushgateway_keep=false")
     with Exporter(config, tmp_path) as exporter:
-        assert exporter._gateway is not None
-        exporter._gateway.push(exporter._registry)
+        exporter.endpoint.push()
         assert lines_of(gateway, "gone")
     assert not lines_of(gateway, "gone")
 

@@ -12,6 +12,7 @@ import yaml
 
 from tests.needs import needed
 from vaegan_dist.reporting.metrics import JOB_METRICS, METRICS
+from vaegan_dist.reporting.sweep_metrics import SWEEP_METRICS
 
 MONITORING = Path(__file__).resolve().parents[2] / "k8s" / "monitoring"
 DOCS = Path(__file__).resolve().parents[2] / "docs" / "monitoring.md"
@@ -36,6 +37,7 @@ SYNTAX = {
     "on",
     "rate",
     "increase",
+    "delta",
     "topk",
     "quantile_over_time",
     "histogram_quantile",
@@ -48,8 +50,8 @@ SYNTAX = {
 
 
 def exported() -> dict[str, set[str]]:
-    """Series that the exporter has, each with its labels."""
-    found = {}
+    """Series that the exporters have, each with its labels."""
+    found: dict[str, set[str]] = {}
     for metric in METRICS:
         labels = {"run", *metric.labels}
         if metric.kind == "histogram":
@@ -57,6 +59,7 @@ def exported() -> dict[str, set[str]]:
             found[metric.name + "_bucket"] = {*labels, "le"}
         else:
             found[metric.name] = labels
+    found |= {metric.name: {"sweep", *metric.labels} for metric in SWEEP_METRICS}
     return found | {metric.name: {"job_name"} for metric in JOB_METRICS}
 
 
@@ -91,7 +94,10 @@ def queries() -> list[str]:
         tree = json.loads(path.read_text())
         found += [target["expr"] for panel in tree["panels"] for target in panel["targets"]]
         choices = [each["query"]["query"] for each in tree["templating"]["list"] if each["type"] == "query"]
-        found += [re.fullmatch(r"label_values\((\w+), \w+\)", choice)[1] for choice in choices]  # type: ignore[index]
+        for choice in choices:
+            asked = re.fullmatch(r"label_values\((\w+), (\w+)\)", choice)
+            assert asked is not None, choice
+            found.append(f'{asked[1]}{{{asked[2]}="any"}}')
     return found
 
 
@@ -103,7 +109,14 @@ def test_every_query_names_what_is_exported() -> None:
 
 @pytest.mark.parametrize(
     "query",
-    ["rate(vaegan_image_total[5m])", 'vaegan_loss{network="x"}', "sum by (ran) (vaegan_loss)", "vaegan:nothing"],
+    [
+        "rate(vaegan_image_total[5m])",
+        'vaegan_loss{network="x"}',
+        "sum by (ran) (vaegan_loss)",
+        "vaegan:nothing",
+        'vaegan_sweep_trials{run="x"}',
+        'vaegan_sweep_best_value{trial="0003"}',
+    ],
 )
 def test_a_wrong_name_is_noticed(query: str) -> None:
     assert unknown_names(query)
@@ -159,6 +172,6 @@ def test_the_documented_metrics_are_the_exported_ones() -> None:
     rows = re.findall(r"^\| `(vaegan_[a-z_]+)` \| (\w+) \| ([^|]*) \| (.*) \|$", DOCS.read_text(), re.MULTILINE)
     wanted = [
         (metric.name, metric.kind, ", ".join(f"`{label}`" for label in metric.labels), metric.help)
-        for metric in (*METRICS, *JOB_METRICS)
+        for metric in (*METRICS, *SWEEP_METRICS, *JOB_METRICS)
     ]
     assert rows == wanted

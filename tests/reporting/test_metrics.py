@@ -15,8 +15,9 @@ from tests.monitoring.servers import free_port, get
 from tests.needs import needed
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
+from vaegan_dist.reporting.endpoint import STATE_FILE
 from vaegan_dist.reporting.metrics import METRICS, MOST_SHARDS, RunIdentity, RunMetrics, metric_of
-from vaegan_dist.reporting.prometheus import STATE_FILE, Exporter
+from vaegan_dist.reporting.prometheus import Exporter
 from vaegan_dist.reporting.records import Record
 from vaegan_dist.reporting.snapshot import PARTS, RankSnapshot, StepTimes
 from vaegan_dist.reporting.status import read_status

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +15,11 @@ import psutil
 import pytest
 import yaml
 
+from tests.monitoring.servers import free_port
 from tests.training.runs import rows_of, tensors_in
 from vaegan_dist.cli import main
 from vaegan_dist.config_source import load_config
+from vaegan_dist.reporting.prometheus import scrape
 from vaegan_dist.sweeps.ledger import Ledger
 from vaegan_dist.sweeps.search import Proposals
 from vaegan_dist.sweeps.settings import SweepSettings
@@ -91,12 +94,71 @@ def trial_processes(environment: dict[str, str]) -> list[psutil.Process]:
     return found
 
 
+Page = dict[str, dict[tuple[str, ...], float]]
+"""values by name, then by label values"""
+
+
+class Scraper:
+    """Looks at the metrics of a sweep all the time, over every death of its driver, and compares them with the ledger.
+
+    The ledger is read from its file, which hears of everything a moment before the driver's memory does.
+    """
+
+    def __init__(self, port: int, folder: Path, trials: int) -> None:
+        self.port, self.folder, self.trials = port, folder, trials
+        self.pages: list[Page] = []
+        self.equal: list[Page] = []
+        """those that say what the ledger said before and after"""
+        self._ending = threading.Event()
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._ending.wait(0.05):
+            before = events_of(self.folder)
+            found = scrape(f"127.0.0.1:{self.port}", 10)
+            if not found:
+                continue
+            page: Page = {}
+            for (name, labels), value in found.items():
+                page.setdefault(name, {})[tuple(v for k, v in labels if k != "sweep")] = value
+            self.pages.append(page)
+            if before == events_of(self.folder) and self.says(page, before):
+                self.equal.append(page)
+
+    def says(self, page: Page, events: list[dict]) -> bool:  # type: ignore[type-arg]
+        """Whether a page is about what these lines of the ledger say."""
+        rows = {event["trial"]: event["row"] for event in events if event["event"] == "row"}
+        done = {event["trial"] for event in events if event["event"] == "ended" and event["state"] == "done"}
+        states = {labels[0]: value for labels, value in page["vaegan_sweep_trials"].items()}
+        wanted = {"done": len(done), "early": 0, "failed": 0}
+        best = {n: rows[n]["loss_rec"] for n in done}
+        winner = min(best, key=lambda n: (best[n], n)) if best else None
+        values = {int(trial): value for (_, trial), value in page.get("vaegan_sweep_trial_value", {}).items()}
+        return (
+            page["vaegan_sweep_images_total"][()] == sum(row["images_seen"] for row in rows.values())
+            and page["vaegan_sweep_trial_failures_total"][()] == 0
+            and page["vaegan_sweep_trials_target"][()] == self.trials == sum(states.values())
+            and {state: states[state] for state in wanted} == wanted
+            and page.get("vaegan_sweep_best_trial", {}).get(()) == winner
+            and page.get("vaegan_sweep_best_value", {}).get(("loss_rec", "min")) == best.get(winner)
+            and all(value == rows[n]["loss_rec"] and n not in done for n, value in values.items())
+        )
+
+    def close(self) -> None:
+        """Look no more."""
+        self._ending.set()
+        self._thread.join(TIMEOUT)
+
+
 @pytest.mark.chaos
 def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
     environment: dict[str, str], digits: Path, tmp_path: Path
 ) -> None:
-    command = arguments(sweep_file(tmp_path, trials=5), digits, tmp_path, "--name", "killed")
-    folder = tmp_path / "killed"
+    port, folder = free_port(), tmp_path / "killed"
+    served = ["--name", "killed", f"reporting.metrics_port={port}"]
+    command = arguments(sweep_file(tmp_path, trials=5), digits, tmp_path, *served)
+    scraper = Scraper(port, folder, 5)
     driver = start(environment, command)
     try:
         wait_for(folder, driver, "row", 1)
@@ -105,9 +167,10 @@ def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
     finally:
         driver.kill()
         driver.communicate(timeout=TIMEOUT)
-    before = Ledger(folder).trials
+    before, seen = Ledger(folder).trials, len(scraper.pages)
     driver = start(environment, command)
     said, _ = driver.communicate(timeout=TIMEOUT)
+    scraper.close()
     assert driver.returncode == 0, said
     assert "5 done" in said and "Done: 5 trials" in said and "Traceback" not in said
 
@@ -119,6 +182,12 @@ def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
         assert trial.state == "done" and [row["images_seen"] for row in trial.rows] == [256, 512, 768, 1024]
     assert all(trials[n] == trial for n, trial in before.items() if trial.ended), "an ended trial was touched"
     assert (folder / "report.html").stat().st_size > 10_000
+
+    assert 0 < seen < len(scraper.pages), "served in both lives"
+    assert any("vaegan_sweep_trial_value" in page for page in scraper.equal), "no trial was seen under way"
+    assert scraper.equal[-1]["vaegan_sweep_images_total"][()] == 5 * 1024, "the end was not seen"
+    spent = [page["vaegan_sweep_images_total"][()] for page in scraper.pages]
+    assert spent == sorted(spent) and spent[seen] > 0, "a counter fell, or began again"
 
     best = json.loads((folder / "sweep.json").read_text())["best"]
     assert main(["train", "--config", str(folder / "best" / "config.yaml"), "--runtime", "local"]) == 0

@@ -26,6 +26,7 @@ os.environ.update(
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search import ConcurrencyLimiter, Searcher
 
 from vaegan_dist.cluster.background import background
@@ -52,7 +53,7 @@ def run_sweep(plan: Plan, on_progress: OnProgress, address: str = "auto", worker
     """Run what is left of a sweep and return how it ended; the driver's side.
 
     Args:
-        on_progress: called about once a second with where the running trials are.
+        on_progress: called about once a second with where the trials are that have a process.
         address, worker_logs: as in `train_on_ray`.
     """
     if not plan.left:
@@ -63,7 +64,7 @@ def run_sweep(plan: Plan, on_progress: OnProgress, address: str = "auto", worker
     bookkeeping = plan.folder / BOOKKEEPING
     shutil.rmtree(bookkeeping, ignore_errors=True)
     book = _Book(plan)
-    with stop_signals(lambda: _stop(book, hub)), _followed(hub, on_progress), _quiet():
+    with stop_signals(lambda: _stop(book, hub)), _followed(hub, book, on_progress), _quiet():
         _tuner(plan, hub, book, concurrent).fit()
     shutil.rmtree(bookkeeping, ignore_errors=True)
     return "stopped" if plan.left else "done"
@@ -190,6 +191,8 @@ class _Book(Searcher):  # type: ignore[misc]
     def __init__(self, plan: Plan) -> None:
         super().__init__(metric=None, mode=None)
         self.plan, self.stopping = plan, False
+        self.under_way: frozenset[int] = frozenset()
+        """trials that have a process; others of the ledger's may be paused, or have yet to begin"""
         self.waiting = deque(_unfinished(plan))
         self.callback = _Callback(self)
 
@@ -238,6 +241,10 @@ class _Callback(tune.Callback):  # type: ignore[misc]
     def __init__(self, book: _Book) -> None:
         self.book = book
 
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Called all the time; Tune tells in no other way that a trial is paused."""
+        self.book.under_way = frozenset(number_of(trial) for trial in trials if trial.status == TuneTrial.RUNNING)
+
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
@@ -255,12 +262,13 @@ class _Callback(tune.Callback):  # type: ignore[misc]
 
 
 @contextmanager
-def _followed(hub: Any, on_progress: OnProgress) -> Iterator[None]:
+def _followed(hub: Any, book: "_Book", on_progress: OnProgress) -> Iterator[None]:
     """Within the block, a thread shows where the trials are."""
 
     def follow() -> None:
         with suppress(ray.exceptions.RayError, ray.exceptions.GetTimeoutError):  # the next look may have an answer
-            on_progress(ray.get(hub.progress.remote(), timeout=10))
+            places = ray.get(hub.progress.remote(), timeout=10)
+            on_progress({number: places.get(number, (0, 0.0)) for number in book.under_way})
 
     with background("sweep-table", follow, POLL_SECONDS):
         yield

@@ -16,6 +16,7 @@ from vaegan_dist.reporting.progress import duration, short
 from vaegan_dist.sweeps.settings import PREFIX, SweepSettings, read_settings
 
 if TYPE_CHECKING:
+    from vaegan_dist.reporting.sweep_metrics import Ending
     from vaegan_dist.sweeps.ledger import Trial
     from vaegan_dist.sweeps.plan import Plan
 
@@ -78,21 +79,29 @@ def _read(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[SweepS
 
 def _run(plan: "Plan", options: argparse.Namespace) -> int:
     from vaegan_dist.cluster.ray_tune import run_sweep
+    from vaegan_dist.reporting.sweep_metrics import SweepExporter
     from vaegan_dist.sweeps.report import write_report
     from vaegan_dist.sweeps.result import write_result
+    from vaegan_dist.sweeps.standing import Standing, identity_of
     from vaegan_dist.sweeps.table import View
 
     began, finished = time.monotonic(), not plan.left
-    with closing(View(plan, sys.stdout)) as view:
-        ending = run_sweep(plan, view.update, options.address, options.worker_logs)
-    best = write_result(plan)
-    report = write_report(plan)
-    head = "already done" if finished else ending
-    print(_summary(plan, head, best, report, time.monotonic() - began))
-    if ending == "done" and best is None:
-        first = next(trial for trial in plan.ledger.trials.values())
-        why = first.message or f"no finite {plan.judged.metrics[0]}"
-        raise VaeganError(f"not one of {len(plan.ledger.trials)} trials has a value; trial {first.name}: {why}")
+    standing = Standing(plan)
+    view = View(standing, sys.stdout)
+    with SweepExporter(plan.config, identity_of(plan), plan.folder, standing.snapshot, view.warn) as exporter:
+        if exporter.address and not finished:
+            view.say(f"metrics at http://{exporter.address}/metrics")
+        with closing(view):
+            ending = run_sweep(plan, view.update, options.address, options.worker_logs)
+        best = write_result(plan)
+        report = write_report(plan)
+        head: Ending = "already done" if finished else ending
+        print(_summary(plan, head, best, report, time.monotonic() - began))
+        if ending == "done" and best is None:
+            first = next(trial for trial in plan.ledger.trials.values())
+            why = first.message or f"no finite {plan.judged.metrics[0]}"
+            raise VaeganError(f"not one of {len(plan.ledger.trials)} trials has a value; trial {first.name}: {why}")
+        exporter.ended(head)
     return STOPPED if ending == "stopped" else 0
 
 

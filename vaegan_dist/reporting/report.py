@@ -24,8 +24,8 @@ import vaegan_dist
 from vaegan_dist.config import Config
 from vaegan_dist.reporting.charts import LineChart, Series, Shares, Span
 from vaegan_dist.reporting.curves import PANELS, Curve, collect, nonfinite_places, phase_spans
+from vaegan_dist.reporting.endpoint import STATE_FILE
 from vaegan_dist.reporting.progress import duration, short
-from vaegan_dist.reporting.prometheus import STATE_FILE
 from vaegan_dist.reporting.records import Record, family, integer, number, text
 from vaegan_dist.reporting.sinks import read_history
 from vaegan_dist.reporting.status import RunStatus, read_status

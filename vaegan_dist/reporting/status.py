@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from vaegan_dist.errors import InputError
+from vaegan_dist.reporting.endpoint import STATE_FILE
 from vaegan_dist.reporting.progress import duration, short
-from vaegan_dist.reporting.prometheus import STATE_FILE, scrape
+from vaegan_dist.reporting.prometheus import scrape
 from vaegan_dist.reporting.records import Record, integer, measurements, number, text
 from vaegan_dist.reporting.sinks import read_history
 

@@ -42,6 +42,10 @@ class Trial:
     seconds: float = 0.0
     changes: list[dict[str, Any]] = field(default_factory=list)
     """pbt: whom it was copied from, at which image, with which values"""
+    place: int = 0
+    """images that its weights have seen, as far as the ledger knows"""
+    images_trained: int = 0
+    """images spent on it up to its last value, those before a copy of another trial's weights included: only grows"""
 
     @property
     def name(self) -> str:
@@ -114,11 +118,16 @@ class Ledger:
             case "row":
                 row = {key: None if value is None else float(value) for key, value in event["row"].items()}
                 # A copy of another trial's weights goes back to where that one stood.
-                trial.rows = [old for old in trial.rows if (old["images_seen"] or 0) < (row["images_seen"] or 0)]
-                trial.rows.append(row)
+                earlier = [old for old in trial.rows if (old["images_seen"] or 0) < (row["images_seen"] or 0)]
+                # At once: other threads read it.
+                trial.rows = [*earlier, row]
+                place = int(row["images_seen"] or 0)
+                trial.images_trained += max(place - trial.place, 0)
+                trial.place = place
             case "changed":
                 trial.params = event["params"]
                 trial.changes.append({key: event[key] for key in ("params", "source", "images_seen")})
+                trial.place = event["images_seen"]
             case "ended":
                 trial.state, trial.message = event["state"], event["message"]
                 trial.seconds = event["seconds"]

@@ -2,7 +2,6 @@
 
 import datetime
 import os
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -16,8 +15,8 @@ from rich.text import Text
 
 from vaegan_dist.reporting.progress import duration, short
 from vaegan_dist.sweeps.ledger import Trial
-from vaegan_dist.sweeps.plan import Plan
-from vaegan_dist.sweeps.result import best_trial, ranking
+from vaegan_dist.sweeps.result import ranking
+from vaegan_dist.sweeps.standing import Places, Standing
 
 LINE_SECONDS = 15.0
 ROWS = 12
@@ -36,23 +35,21 @@ def params_text(params: Mapping[str, object]) -> str:
 
 
 class View:
-    """Shows a plan's ledger and where its trials are."""
+    """Shows where a sweep stands."""
 
-    def __init__(self, plan: Plan, stream: TextIO) -> None:
-        self.plan, self.stream = plan, stream
+    def __init__(self, standing: Standing, stream: TextIO) -> None:
+        self.standing, self.plan, self.stream = standing, standing.plan, stream
         self.interactive = stream.isatty() and os.environ.get("TERM") != "dumb"
         self.console = Console(file=stream, highlight=False, force_terminal=self.interactive or None)
         self.live: Live | None = None
-        self.began, self.spoken = time.monotonic(), 0.0
-        self.places: Mapping[int, tuple[int, float]] = {}
-        self.told = {number for number, trial in plan.ledger.trials.items() if trial.ended}
-        self.start_images = sum(trial.images_seen for trial in plan.ledger.trials.values())
+        self.spoken = 0.0
+        self.told = {number for number, trial in self.plan.ledger.trials.items() if trial.ended}
         self._lock = threading.Lock()
 
-    def update(self, places: Mapping[int, tuple[int, float]]) -> None:
-        """Where the running trials are, about once a second."""
+    def update(self, places: Places) -> None:
+        """Where the trials under way are, about once a second."""
+        self.standing.update(places)
         with self._lock:
-            self.places = places
             self._tell_ended()
             if self.interactive:
                 self._draw()
@@ -61,7 +58,8 @@ class View:
                 self._line(self.summary())
 
     def close(self) -> None:
-        """Say what has not been said and leave the last table standing."""
+        """Say what has not been said and leave the last table standing; nothing is under way any more."""
+        self.standing.update({})
         with self._lock:
             self._tell_ended()
             if self.live is not None:
@@ -70,6 +68,15 @@ class View:
                 self.live = None
             else:
                 self._line(self.summary())
+
+    def say(self, text: str) -> None:
+        """A line of its own."""
+        with self._lock:
+            self._line(text)
+
+    def warn(self, text: str) -> None:
+        """A warning on a line of its own."""
+        self.say(f"warning: {text}")
 
     def _tell_ended(self) -> None:
         """One line for each trial that has ended since the last call."""
@@ -89,41 +96,17 @@ class View:
         return "  ".join(part for part in (self._counts(), self._speed(), self._best()) if part)
 
     def _counts(self) -> str:
-        trials = list(self.plan.ledger.trials.values())
-        counts = {state: sum(trial.state == state for trial in trials) for state in MARKS}
-        waiting = self.plan.proposals.total - len(trials)
-        parts = [f"{count} {MARKS[state]}" for state, count in counts.items() if count]
-        return f"{self.plan.proposals.total} trials: " + ", ".join(
-            [*parts, *([f"{waiting} waiting"] if waiting else [])]
-        )
+        counts = self.standing.counts()
+        parts = [f"{counts[state]} {mark}" for state, mark in (*MARKS.items(), ("waiting", "waiting")) if counts[state]]
+        return f"{self.plan.proposals.total} trials: {', '.join(parts)}"
 
     def _speed(self) -> str:
-        running = [n for n, trial in list(self.plan.ledger.trials.items()) if not trial.ended]
-        rate = sum(self.places[number][1] for number in running if number in self.places)
+        rate, left = self.standing.rate(), self.standing.seconds_left()
         parts = [f"{rate:,.0f} images/s in total"] if rate else []
-        left = self._seconds_left()
         return "  ".join([*parts, *([f"about {duration(left)} left"] if left is not None else [])])
 
-    def _seconds_left(self) -> float | None:
-        """From the images that trials of this start have spent, and those that ended ones spent on average."""
-        trials = list(self.plan.ledger.trials.values())
-        ended = [trial for trial in trials if trial.ended]
-        spent = sum(self._seen(trial) for trial in trials) - self.start_images
-        elapsed = time.monotonic() - self.began
-        if spent <= 0 or elapsed < 1:
-            return None
-        total = self.plan.config.total_images
-        typical = sum(trial.images_seen for trial in ended) / len(ended) if ended else total
-        running = sum(max(typical - self._seen(trial), 0.0) for trial in trials if not trial.ended)
-        waiting = (self.plan.proposals.total - len(trials)) * typical
-        return (running + waiting) / (spent / elapsed)
-
-    def _seen(self, trial: Trial) -> int:
-        place = self.places.get(trial.number, (0, 0.0))[0] if not trial.ended else 0
-        return max(trial.images_seen, place)
-
     def _best(self) -> str:
-        best = best_trial(self.plan)
+        best = self.standing.best()
         if best is None:
             return ""
         values = ", ".join(f"{metric} {_value(best.last(metric))}" for metric in self.plan.judged.metrics)
@@ -143,15 +126,21 @@ class View:
         for trial in trials:
             style = {"running": "cyan", "failed": "red", "early": "dim"}.get(trial.state, "")
             values = (_value(trial.last(metric)) for metric in self.plan.judged.metrics)
-            cells = (trial.name, MARKS[trial.state], f"{self._seen(trial):,}", *values, params_text(trial.params))
+            cells = (
+                trial.name,
+                MARKS[trial.state],
+                f"{self.standing.seen(trial):,}",
+                *values,
+                params_text(trial.params),
+            )
             table.add_row(*cells, style=style)
         more = len(self.plan.ledger.trials) - len(trials)
         lines = [Text(line) for line in (self._counts(), self._speed(), self._best()) if line]
         return Group(*lines, table, *([Text(f"and {more} more", "dim")] if more > 0 else []))
 
     def _shown(self) -> list[Trial]:
-        """The running ones and the best."""
-        trials = [trial for trial in list(self.plan.ledger.trials.values()) if not trial.ended]
+        """Those under way and the best."""
+        trials = self.standing.under_way()
         return [*trials[:ROWS], *ranking(self.plan)[: max(ROWS - len(trials), 3)]]
 
     def _line(self, text: str) -> None:
@@ -164,8 +153,3 @@ class View:
 
 def _value(value: float | None) -> str:
     return "-" if value is None else short(value)
-
-
-def view(plan: Plan) -> View:
-    """The view on standard output."""
-    return View(plan, sys.stdout)
