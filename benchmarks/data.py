@@ -56,9 +56,9 @@ class Case:
 
 
 CASES = (
-    Case("jpeg64", 64, 3, 8192, 4096, "jpg"),
-    Case("jpeg256", 256, 3, 1024, 512, "jpg"),
-    Case("digits28", 28, 1, 8192, 4096, "png"),
+    Case("jpeg64", 64, 3, 8192, 8192, "jpg"),
+    Case("jpeg256", 256, 3, 1024, 1024, "jpg"),
+    Case("digits28", 28, 1, 8192, 8192, "png"),
 )
 
 

@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import os
+import signal
 import socket
 import subprocess
 import time
@@ -40,12 +42,13 @@ def wait_until(condition: Callable[[], Any], what: str, patience: float = PATIEN
 
 @contextlib.contextmanager
 def running(*command: str) -> Iterator[None]:
-    """A server that ends with the block."""
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    """A server that ends with the block, and with it what it started."""
+    silent = subprocess.DEVNULL
+    with subprocess.Popen(command, stdout=silent, stderr=silent, start_new_session=True) as server:
         try:
             yield
         finally:
-            server.kill()
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 class Prometheus:
