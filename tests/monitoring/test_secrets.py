@@ -6,6 +6,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -46,9 +47,26 @@ def command_lines() -> Iterator[str]:
         yield " ".join(process.info["cmdline"] or [])
 
 
-def test_a_secret_in_the_environment_stays_there(digits: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def ray_folder() -> Iterator[Path]:
+    """Ray's own files; unix sockets have short paths, so not below pytest's folder."""
+    with tempfile.TemporaryDirectory(prefix="vg", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        ["--runtime", "local"],
+        pytest.param(["--runtime", "ray", "--address", "local"], marks=[pytest.mark.ray, pytest.mark.chaos]),
+    ],
+    ids=["local", "ray"],
+)
+def test_a_secret_in_the_environment_stays_there(
+    runtime: list[str], digits: Path, tmp_path: Path, ray_folder: Path
+) -> None:
     port = free_port()
-    arguments = ["train", "--preset", "smoke", "--data", str(digits), "--storage", str(tmp_path), "--runtime", "local"]
+    arguments = ["train", "--preset", "smoke", "--data", str(digits), "--storage", str(tmp_path), *runtime]
     settings = ["--workers", "2", f"reporting.metrics_port={port}", "reporting.log_images=256", "--profile", "1"]
     # Nobody listens there: the errors of the trackers must not tell secrets either.
     settings += [
@@ -58,6 +76,7 @@ def test_a_secret_in_the_environment_stays_there(digits: Path, tmp_path: Path) -
     ]
     environment = {**os.environ, **dict.fromkeys(VARIABLES, CANARY), "MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     environment |= {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_TRACKING_USERNAME": CANARY, "OMP_NUM_THREADS": "1"}
+    environment |= {"RAY_TMPDIR": str(ray_folder), "RAY_USAGE_STATS_ENABLED": "0"}
     run = subprocess.Popen(
         [sys.executable, "-m", "vaegan_dist.cli", *arguments, *settings],
         stdout=subprocess.PIPE,
@@ -84,7 +103,8 @@ def test_a_secret_in_the_environment_stays_there(digits: Path, tmp_path: Path) -
     assert "vaegan_images_total" in served and lines
     assert main(["report", str(tmp_path / "smoke")]) == 0
     assert CANARY not in output and CANARY not in served and not [line for line in lines if CANARY in line]
-    assert files_with_canary(tmp_path) == []
+    assert files_with_canary(tmp_path) == [] and files_with_canary(ray_folder) == []
+    assert ("ray" in runtime) == bool(list(ray_folder.iterdir())), "looked for Ray's files in the wrong place"
     assert (tmp_path / "smoke" / "report.html").exists() and (tmp_path / "smoke" / "profile").exists()
 
 

@@ -19,10 +19,11 @@ import torch
 from vaegan_dist.data.batch import Batch, Ids
 from vaegan_dist.data.decode import Pixels, decode_into, read_encoded
 from vaegan_dist.data.images import PictureError
-from vaegan_dist.data.index import BAD_LABEL, LOST, NO_LABEL, PICTURE_KINDS, RAW
+from vaegan_dist.data.index import BAD_LABEL, LOST, NO_LABEL, PICTURE_KINDS, RAW, Entry, ShardIndex
 from vaegan_dist.data.manifest import Manifest, ShardInfo, find_manifest, read_manifest
 from vaegan_dist.data.memory import Decoded, load_decoded
 from vaegan_dist.data.shards import Shards
+from vaegan_dist.data.tar import ShardFile
 from vaegan_dist.data.urls import CACHE_BYTES, is_remote, local_path
 from vaegan_dist.errors import DataError, InputError
 
@@ -218,24 +219,33 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
         shards = np.searchsorted(self._ends, wanted, side="right")
         places = wanted - self._ends[shards] + np.array(self.shard_samples, np.int64)[shards]
         labels = np.empty(len(wanted), np.int64)
-        for row, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
-            try:
-                labels[row] = self._read_one(shard, place, pixels[row])
-            except PictureError as bad:
-                labels[row] = self._substitute(shard, place, pixels[row], str(bad))
+        for shard in np.unique(shards).tolist():
+            rows = np.flatnonzero(shards == shard)
+            for row, label in self._read_shard(shard, rows.tolist(), places[rows], pixels):
+                labels[row] = label
         return labels if self.manifest.classes is not None else None
 
-    def _read_one(self, shard: int, place: int, row: Pixels) -> int:
-        """Decode one sample; returns its label (0 without classes). Raises PictureError."""
+    def _read_shard(
+        self, shard: int, rows: list[int], places: npt.NDArray[np.int64], pixels: Pixels
+    ) -> Iterator[tuple[int, int]]:
+        """Decode the rows whose samples are of one shard, what they share looked up once; yields rows and labels."""
         index, file = self._shards.index(shard), self._shards.file(shard)
-        kind = int(index.kind[place])
+        for row, place, entry in zip(rows, places.tolist(), index.entries(places), strict=True):
+            try:
+                yield row, self._read_one(index, file, entry, pixels[row])
+            except PictureError as bad:
+                yield row, self._substitute(shard, place, pixels[row], str(bad))
+
+    def _read_one(self, index: ShardIndex, file: ShardFile, entry: Entry, row: Pixels) -> int:
+        """Decode one sample; returns its label (0 without classes). Raises PictureError."""
+        kind, offset, size, label = entry
         if kind == LOST:
             raise PictureError(f"lost: {index.fault}")
-        label = self._label(int(index.label[place]))
+        label = self._label(label)
         if kind == RAW:
-            file.read_into(row.data.cast("B"), int(index.offset[place]))
+            file.read_into(row.data.cast("B"), offset)
         else:
-            decode_into(read_encoded(file, int(index.offset[place]), int(index.size[place])), kind, row)
+            decode_into(read_encoded(file, offset, size), kind, row)
         return label
 
     def _label(self, label: int) -> int:
@@ -251,9 +261,10 @@ class ShardDataset(torch.utils.data.Dataset[Batch]):
         """Fill a bad sample's row with the next good sample of its shard; returns that one's label."""
         first = int(self._ends[shard]) - self.shard_samples[shard]
         self.note_bad_samples({first + place: self._cause(shard, place, cause)})
+        index, file = self._shards.index(shard), self._shards.file(shard)
         for other in self._others(shard, place):
             try:
-                return self._read_one(shard, other, row)
+                return self._read_one(index, file, next(index.entries(np.array([other]))), row)
             except PictureError as bad:
                 self.note_bad_samples({first + other: self._cause(shard, other, str(bad))})
         raise DataError(

@@ -1,7 +1,7 @@
 """One encoded picture into its row of a batch buffer, without a copy where the decoder allows it.
 
-The pictures of a prepared data set have one size; a picture of any other is a fault, found from its header before any
-pixel is decoded, which also bounds what a hostile file can make this allocate.
+The pictures of a prepared data set have one size; a picture of any other is a fault. One that is larger is found before
+any pixel is decoded, which also bounds what a hostile file can make this allocate.
 """
 
 import io
@@ -54,12 +54,23 @@ def _check_size(height: int, width: int, row: Pixels) -> None:
 
 
 def _jpeg(data: bytes, row: Pixels) -> None:
+    """The decoder refuses what is larger than the row before it decodes, so only a failure reads the header twice."""
+    try:
+        pixels = simplejpeg.decode_jpeg(data, _COLOURS[row.shape[2]][0], buffer=row)
+    except ValueError as error:
+        raise PictureError(_jpeg_fault(data, row, error)) from None
+    _check_size(pixels.shape[0], pixels.shape[1], row)
+
+
+def _jpeg_fault(data: bytes, row: Pixels, error: ValueError) -> str:
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(data)
         _check_size(height, width, row)
-        simplejpeg.decode_jpeg(data, _COLOURS[row.shape[2]][0], buffer=row)
-    except ValueError as error:
-        raise PictureError(f"not a whole JPEG ({error})") from None
+    except PictureError as size:
+        return str(size)
+    except ValueError as header:
+        error = header
+    return f"not a whole JPEG ({error})"
 
 
 def _npy(data: bytes, row: Pixels) -> None:

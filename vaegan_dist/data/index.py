@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,15 @@ class ShardIndex:
     def samples(self) -> int:
         """Samples found."""
         return len(self.offset)
+
+    def entries(self, places: npt.NDArray[np.int64]) -> Iterator["Entry"]:
+        """Kind, offset, size and label of these samples."""
+        columns = (self.kind, self.offset, self.size, self.label)
+        return zip(*(column[places].tolist() for column in columns), strict=True)
+
+
+Entry: TypeAlias = tuple[int, int, int, int]
+"""kind, offset, size and label of one sample"""
 
 
 class _Picture(NamedTuple):
