@@ -16,7 +16,7 @@ from typing import Any, Self
 import ray
 import ray.train
 
-from vaegan_dist.cluster.hub import Failure
+from vaegan_dist.cluster.hub import Failure, ask
 from vaegan_dist.cluster.placement import Reservation, draining_nodes, larger_sizes, names_of
 from vaegan_dist.cluster.runtime import OnRecord
 from vaegan_dist.config import ClusterSection, Config
@@ -174,7 +174,7 @@ class Watcher:
     def stopped(self) -> bool:
         """Whether somebody asked the run to stop."""
         try:
-            return bool(ray.get(self.hub.stopped_for_good.remote(), timeout=10))
+            return bool(ask(self.hub.stopped_for_good.remote, 10))
         except ray.exceptions.RayError:
             return False
 
@@ -182,7 +182,7 @@ class Watcher:
         """The failure that a worker explained, if one did: a retry cannot mend it."""
         self._take()
         try:
-            failure: Failure | None = ray.get(self.hub.why_failed.remote(), timeout=10)
+            failure: Failure | None = ask(self.hub.why_failed.remote)
         except ray.exceptions.RayError:
             return None
         if failure is None:

@@ -5,6 +5,7 @@ signals of their own, and their output is not for people; so both go through her
 """
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +24,8 @@ from vaegan_dist.training.resume import run_folder
 
 KEPT_RECORDS = 10_000
 CLOSE_SECONDS = 30
+# A node counts as lost after half a minute without a sign of life.
+ANSWER_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,22 @@ def open_exporter(config: dict[str, Any], warn: Callable[[str], None]) -> Export
     """The metrics of a run, served from this process."""
     checked = validate(config)
     return Exporter(checked, run_folder(checked), warn)
+
+
+def ask(question: Callable[[], Any], seconds: float = ANSWER_SECONDS) -> Any:
+    """The hub's answer. When its node is lost, Ray takes a while to notice, and to start it on another.
+
+    Raises:
+        RayError: there is none within `seconds`, or none will ever come.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return ray.get(question(), timeout=max(deadline - time.monotonic(), 1.0))
+        except ray.exceptions.ActorUnavailableError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
 from vaegan_dist.cluster.attempts import Budget, Steward, Watcher, describe_failure, kind_of
-from vaegan_dist.cluster.hub import Failure, end_of, start_hub
+from vaegan_dist.cluster.hub import Failure, ask, end_of, start_hub
 from vaegan_dist.cluster.placement import own_group, release, wait_for_room, worker_resources
 from vaegan_dist.cluster.raylet import raylet_watched
 from vaegan_dist.cluster.runtime import OnRecord
@@ -134,7 +135,7 @@ def _attempt_until_done(config: Config, hub: Any, watcher: Watcher, budget: Budg
         workers = wait_for_room(config, workers, watcher.stopped, watcher.warn)
         if workers is None:
             return outcome_of_stopped(config)
-        ray.get(hub.begin_attempt.remote(cause))
+        ask(partial(hub.begin_attempt.remote, cause))
         with Steward(config, hub, workers, watcher.warn) as steward:
             error = _attempt(config, hub, workers)
         if error is None:
@@ -143,7 +144,7 @@ def _attempt_until_done(config: Config, hub: Any, watcher: Watcher, budget: Budg
                 return outcome
             cause = "preemption" if steward.announced else "resize"
             continue
-        release(ray.get(hub.take_groups.remote()))
+        release(ask(hub.take_groups.remote))
         explained = watcher.explained()
         if explained is not None:
             raise explained
