@@ -97,9 +97,11 @@ class Bench:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds, each a block with and one without (5)")
+    parser.add_argument("--quick", action="store_true", help="two rounds")
     parser.add_argument("--steps", type=int, default=20, help="steps of a block; one log record each (20)")
     options = parser.parse_args()
+    rounds = min(options.rounds, 2) if options.quick else options.rounds
     torch.set_num_threads(1)
     observer.SNAPSHOT_SECONDS = prometheus.SAVE_SECONDS = NEVER
     with tempfile.TemporaryDirectory() as temporary:
@@ -113,16 +115,16 @@ def main() -> None:
             bench = Bench(config, run, exporter)
             bench.block(options.steps, reporting=True)  # what is imported and opened once
             bench.waited = 0.0
-            for number in range(options.rounds):
+            for number in range(rounds):
                 off = bench.block(options.steps, reporting=False)
                 ratios.append(bench.block(options.steps, reporting=True) / off)
                 print(f"round {number + 1}: on/off {ratios[-1]:.4f}", flush=True)
             bench.writer.close()
-    waited = bench.waited / (options.rounds * options.steps)
+    waited = bench.waited / (rounds * options.steps)
     result = {
         "benchmark": "reporting",
         "step_seconds": STEP_SECONDS,
-        "steps": options.rounds * options.steps,
+        "steps": rounds * options.steps,
         "cpu_ratio_on_off": round(statistics.median(ratios), 5),
         "cpu_ratio_worst": round(max(ratios), 5),
         "training_thread_cpu_ratio": round(waited / STEP_SECONDS, 5),

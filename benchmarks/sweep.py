@@ -1,10 +1,11 @@
 """What a trial costs beyond its training, against the plain loop; and whether a long sweep grows.
 
-    python benchmarks/sweep.py overhead DATA     # one-worker trials, 1 and 2 at a time; trials with a group of workers
-    python benchmarks/sweep.py growth DATA       # many trials: memory and open files of driver and trial processes
+    python benchmarks/sweep.py overhead DATA [--quick]   # trials with one worker, 1 and 2 at a time, and with two
+    python benchmarks/sweep.py growth DATA [--quick]     # many trials: memory and open files of their processes
 
 The overhead of a trial is the time from its proposal (made when a slot is free) to its end, less the seconds that the
 plain loop takes for the same run in a warm process. The first trial of each slot pays for imports and is left out.
+The last line of output is one JSON object.
 """
 
 import argparse
@@ -87,23 +88,26 @@ def from_proposal_to_end(events: list[Event], concurrent: int) -> list[float]:
     return [ended[trial] - begun[trial] for trial in sorted(ended) if trial >= concurrent]
 
 
-def overhead(data: str, trials: int) -> None:
-    """Print the overhead of each way to run a trial."""
+def overhead(data: str, trials: int) -> dict[str, float]:
+    """Print the overhead of each way to run a trial; seconds by way."""
     alone = statistics.median(plain_seconds(data, 5))
     print(f"plain loop                      {alone:6.2f} s for a run (median of 5)", flush=True)
-    for concurrent, workers, count in ((1, 1, trials), (2, 1, 2 * trials), (1, 2, 4)):
+    found = {"plain_run_seconds": alone}
+    for concurrent, workers, count in ((1, 1, trials), (2, 1, 2 * trials), (1, 2, max(trials // 2, 2))):
         with tempfile.TemporaryDirectory() as folder:
             gaps = from_proposal_to_end(sweep(data, folder, count, concurrent, workers), concurrent)
         middle = statistics.median(gaps)
         about = f"{middle:6.2f} s from proposal to end (median of {len(gaps)}), {middle - alone:+.2f} s against it"
         print(f"{concurrent} at a time, {workers} workers each   {about}", flush=True)
+        found[f"overhead_seconds_{concurrent}_at_a_time_{workers}_workers"] = middle - alone
+    return found
 
 
-def growth(data: str, trials: int) -> None:
-    """Print sizes every ten trials."""
+def growth(data: str, trials: int) -> dict[str, float]:
+    """Print sizes every ten trials; how many trials ended."""
     with tempfile.TemporaryDirectory() as folder:
         events = sweep(data, folder, trials, 2, 1, watch=True)
-    print(f"{sum(event['event'] == 'ended' for event in events)} trials ended")
+    return {"trials_ended": sum(event["event"] == "ended" for event in events)}
 
 
 def main() -> None:
@@ -111,10 +115,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["overhead", "growth"])
     parser.add_argument("data", help="prepared data set")
-    parser.add_argument("--trials", type=int, default=8)
+    parser.add_argument("--trials", type=int, help="trials (default: 8 for overhead, 200 for growth)")
+    parser.add_argument("--quick", action="store_true", help="a few trials: overhead of 3, growth of 20")
     options = parser.parse_args()
+    measure, usual, few = (overhead, 8, 3) if options.what == "overhead" else (growth, 200, 20)
     with contextlib.redirect_stderr(io.StringIO()):
-        (overhead if options.what == "overhead" else growth)(options.data, options.trials)
+        found = measure(options.data, options.trials or (few if options.quick else usual))
+    print(json.dumps({name: round(value, 3) for name, value in found.items()}))
 
 
 if __name__ == "__main__":
