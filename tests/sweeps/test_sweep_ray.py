@@ -196,6 +196,20 @@ def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
 
 
 @pytest.mark.chaos
+@pytest.mark.parametrize("scheduler", ["hyperband", "median"])
+def test_each_scheduler_brings_every_trial_to_an_end(
+    scheduler: str, environment: dict[str, str], digits: Path, tmp_path: Path
+) -> None:
+    space = sweep_file(tmp_path, trials=5, scheduler=scheduler)
+    driver = start(environment, arguments(space, digits, tmp_path, "--name", scheduler))
+    said, _ = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0, said
+    trials = Ledger(tmp_path / scheduler).trials
+    assert len(trials) == 5 and {trial.state for trial in trials.values()} <= {"done", "early"}, said
+    assert any(trial.state == "done" and trial.images_seen == 1024 for trial in trials.values())
+
+
+@pytest.mark.chaos
 def test_pbt_copies_weights_and_changes_values(environment: dict[str, str], digits: Path, tmp_path: Path) -> None:
     space = sweep_file(tmp_path, trials=4, scheduler="pbt")
     command = arguments(space, digits, tmp_path, "--name", "pbt", "checkpoint.keep_last=99")

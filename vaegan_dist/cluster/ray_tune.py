@@ -37,13 +37,15 @@ from vaegan_dist.cluster.sweep_hub import Progress, start_sweep_hub
 from vaegan_dist.cluster.sweep_schedulers import make_scheduler, number_of
 from vaegan_dist.cluster.sweep_trial import Shared, run_trial
 from vaegan_dist.config import Config
-from vaegan_dist.errors import ConfigError
+from vaegan_dist.errors import ConfigError, VaeganError
 from vaegan_dist.sweeps.ledger import Trial
 from vaegan_dist.sweeps.plan import Plan
 
 OnProgress = Callable[[Progress], None]
 Ending = Literal["done", "stopped"]
 BOOKKEEPING = "ray"
+# Schedulers that must know all trials from the start.
+TOGETHER = ("hyperband", "pbt")
 POLL_SECONDS = 1.0
 DRIVER_MEMORY = 64 * 2**20
 KEPT_FOR_COPIES = 4
@@ -63,10 +65,14 @@ def run_sweep(plan: Plan, on_progress: OnProgress, address: str = "auto", worker
     hub = start_sweep_hub()
     bookkeeping = plan.folder / BOOKKEEPING
     shutil.rmtree(bookkeeping, ignore_errors=True)
+    if plan.settings.scheduler in TOGETHER:
+        plan.propose_all()
     book = _Book(plan)
     with stop_signals(lambda: _stop(book, hub)), _followed(hub, book, on_progress), _quiet():
         _tuner(plan, hub, book, concurrent).fit()
     shutil.rmtree(bookkeeping, ignore_errors=True)
+    if plan.left and not book.stopping:
+        raise VaeganError(f"Ray Tune ended with {plan.left} trials left; run the same command again to continue")
     return "stopped" if plan.left else "done"
 
 
@@ -124,9 +130,7 @@ def _needs(config: Config) -> str:
 
 def _tuner(plan: Plan, hub: Any, book: "_Book", concurrent: int) -> tune.Tuner:
     scheduler = plan.settings.scheduler
-    together = scheduler in ("hyperband", "pbt")
-    if together:
-        plan.propose_all()
+    together = scheduler in TOGETHER
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(plan.left if together else concurrent)
     shared = Shared(
         folder=plan.folder,
