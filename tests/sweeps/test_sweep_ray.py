@@ -266,6 +266,7 @@ def test_a_signal_ends_in_checkpoints_and_the_sweep_goes_on(
         ({"metric": "fidd"}, [], "error: metric=fidd: no record of this run would hold it (did you mean 'fid'?)"),
         ({"space": {"objective.beta": {"uniform": [-1, 1]}}}, [], "error: space: objective.beta=-1: input should be"),
         ({"concurrent": 99}, ["--dry-run"], "error: concurrent=99: the cluster has"),
+        ({}, ["run.storage=s3://bucket/runs"], "error: run.storage=s3://bucket/runs: a sweep keeps its ledger"),
         ({"scheduler": "asha", "interval_images": 9000}, [], "error: scheduler=asha: its first look at a trial"),
     ],
 )

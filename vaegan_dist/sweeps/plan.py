@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import with_changes
+from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.sweeps.judge import judge
 from vaegan_dist.sweeps.ledger import Ledger
@@ -48,6 +49,11 @@ def make_plan(settings: SweepSettings, config: Config, ledger: Ledger | None = N
     Raises:
         ConfigError: one line that names key, value and remedy.
     """
+    if is_remote(config.run.storage):
+        raise ConfigError(
+            f"run.storage={config.run.storage}: a sweep keeps its ledger and trials in a folder that all nodes share; "
+            f"name one, and copy best/ to the store afterwards"
+        )
     config = base_config(settings, config)
     space = read_space(settings.space)
     if settings.searcher == "grid":
