@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from vaegan_dist.config_source import preset_names
+from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import ConfigError
 
 PLAIN_SECONDS = 10.0
@@ -24,6 +25,13 @@ class Parser(argparse.ArgumentParser):
 
 
 Subparsers: TypeAlias = "argparse._SubParsersAction[Parser]"
+
+
+def local(text: str) -> str:
+    """Type of an argument that is a path: a URL would quietly become a folder called `s3:`."""
+    if is_remote(text):
+        raise argparse.ArgumentTypeError(f"{text} is a URL; give a path of this machine, and copy from or to the store")
+    return text
 
 
 # Options of every command that begins a run, and the configuration keys that they are short for.

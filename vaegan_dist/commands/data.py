@@ -7,7 +7,7 @@ from contextlib import closing
 
 from pydantic import ValidationError
 
-from vaegan_dist.commands.common import Counter, Subparsers
+from vaegan_dist.commands.common import Counter, Subparsers, local
 from vaegan_dist.config_source import type_name
 from vaegan_dist.data.manifest import read_manifest
 from vaegan_dist.data.prepare import PrepareOptions, prepare
@@ -34,8 +34,10 @@ def _add_prepare_options(parser: argparse.ArgumentParser) -> None:
         flag = f"--{name.replace('_', '-')}"
         if field.annotation is bool:
             parser.add_argument(flag, action="store_true", default=argparse.SUPPRESS, help=text)
-        elif name in ("source", "output"):
+        elif name == "source":
             parser.add_argument(name, help=text)
+        elif name == "output":
+            parser.add_argument(name, type=local, help=text)
         else:
             parser.add_argument(flag, default=argparse.SUPPRESS, metavar=type_name(field), help=text)
 

@@ -4,12 +4,12 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from vaegan_dist.commands.common import Subparsers, add_data_options, add_model_options, require_at_least
+from vaegan_dist.commands.common import Subparsers, add_data_options, add_model_options, local, require_at_least
 
 
 def _add_options(parser: argparse.ArgumentParser, output: str) -> None:
     add_model_options(parser)
-    parser.add_argument("--output", default=output, help=f"picture to write (default: {output})")
+    parser.add_argument("--output", type=local, default=output, help=f"picture to write (default: {output})")
     parser.set_defaults(takes_overrides=False)
 
 
@@ -27,7 +27,7 @@ def sample_command(options: argparse.Namespace, overrides: Sequence[str]) -> int
     from vaegan_dist.use.model import generate
 
     require_at_least(options, 1, "count")
-    save_png(grid(generate(Path(options.model), options.weights, options.count, options.seed)), Path(options.output))
+    save_png(grid(generate(options.model, options.weights, options.count, options.seed)), Path(options.output))
     print(options.output)
     return 0
 
@@ -48,7 +48,7 @@ def reconstruct_command(options: argparse.Namespace, overrides: Sequence[str]) -
     from vaegan_dist.use.model import reconstruct
 
     require_at_least(options, 1, "count")
-    pairs = reconstruct(Path(options.model), options.weights, options.data, options.split, options.count)
+    pairs = reconstruct(options.model, options.weights, options.data, options.split, options.count)
     save_png(comparison(*pairs), Path(options.output))
     print(options.output)
     return 0

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vaegan_dist.commands.common import Subparsers
+from vaegan_dist.commands.common import Subparsers, local
 from vaegan_dist.errors import ConfigError, InputError, VaeganError
 
 FAILED, ENDED = 1, ("done", "stopped", "failed")
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="a run's folder, or its name below --storage")
+    parser.add_argument("folder", type=local, metavar="RUN", help="a run's folder, or its name below --storage")
     parser.add_argument("--storage", default="runs", help="folder that holds the runs (default: runs)")
     parser.set_defaults(takes_overrides=False)
 
@@ -58,7 +58,7 @@ def add_report(subparsers: Subparsers) -> None:
         description="Write a run's report: one HTML page that needs no network.",
     )
     _add_run(parser)
-    parser.add_argument("--output", help="file to write (default: report.html in the run's folder)")
+    parser.add_argument("--output", type=local, help="file to write (default: report.html in the run's folder)")
     parser.set_defaults(run=report_command)
 
 

@@ -7,7 +7,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from vaegan_dist.commands.common import Counter, Subparsers, add_data_options, add_model_options, require_at_least
+from vaegan_dist.commands.common import (
+    Counter,
+    Subparsers,
+    add_data_options,
+    add_model_options,
+    local,
+    require_at_least,
+)
 
 
 def _add_shared(parser: argparse.ArgumentParser, split: str) -> None:
@@ -70,7 +77,9 @@ def add_evaluate(subparsers: Subparsers) -> None:
         "TorchScript file, or module:function (default: auto)",
     )
     parser.add_argument("--lpips", metavar="FILE", help="AlexNet's weights, for LPIPS")
-    parser.add_argument("--output", help="folder for report and pictures (default: evaluations/… in the run)")
+    parser.add_argument(
+        "--output", type=local, help="folder for report and pictures (default: evaluations/… in the run)"
+    )
     parser.set_defaults(run=evaluate_command)
 
 
@@ -101,7 +110,9 @@ def add_encode(subparsers: Subparsers) -> None:
         description="Encode a data set into latent shards (WebDataset). The same command again continues.",
     )
     _add_shared(parser, "train")
-    parser.add_argument("output", help="folder for the latent shards; each split gets a folder of its name in it")
+    parser.add_argument(
+        "output", type=local, help="folder for the latent shards; each split gets a folder of its name in it"
+    )
     parser.add_argument(
         "--content",
         choices=["moments", "sample"],
@@ -144,9 +155,11 @@ def add_export(subparsers: Subparsers) -> None:
         description="Write encoder and decoder with a model card, for vaegan_dist.load, diffusers or ONNX.",
     )
     add_model_options(parser)
-    parser.add_argument("output", help="folder to write")
+    parser.add_argument("output", type=local, help="folder to write")
     parser.add_argument("--format", choices=["safetensors", "diffusers", "onnx"], default="safetensors")
-    parser.add_argument("--latents", help="folder of `encode`: its scaling factor goes into the diffusers folder")
+    parser.add_argument(
+        "--latents", type=local, help="folder of `encode`: its scaling factor goes into the diffusers folder"
+    )
     parser.set_defaults(run=export_command, takes_overrides=False)
 
 

@@ -229,12 +229,12 @@ def open_for(model: Model, data: str | None, split: str) -> ShardDataset:
     return dataset
 
 
-def generate(path: Path, weights: str, count: int, seed: int) -> Tensor:
+def generate(path: str | Path, weights: str, count: int, seed: int) -> Tensor:
     """Pictures decoded from N(0, I): uint8 `[count, C, H, W]`, the same for the same seed anywhere."""
     return to_uint8(load(path, weights=weights).sample(count, seed=seed))
 
 
-def reconstruct(path: Path, weights: str, data: str | None, split: str, count: int) -> tuple[Tensor, Tensor]:
+def reconstruct(path: str | Path, weights: str, data: str | None, split: str, count: int) -> tuple[Tensor, Tensor]:
     """The first pictures of a data set and their reconstructions from the posterior's mean, uint8 `[n, C, H, W]`."""
     model = load(path, weights=weights)
     dataset = open_for(model, data, split)
