@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,7 +103,13 @@ def test_frozen_networks_cost_nothing() -> None:
     assert plan.memory["decoder"].gradients == plan.memory["decoder"].optimizer == 0
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where `make train` has left its digits: they are not the pictures of another preset."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "digits").symlink_to(digits)
+    monkeypatch.chdir(tmp_path)
     assert main(["describe", "--preset", "larsen-64", "objective.r1=0"]) == 0
     text = capsys.readouterr().out
     assert "64x64x3" in text and "35,115,264" in text and "12.97 GFLOP per image" in text

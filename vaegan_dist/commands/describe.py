@@ -33,7 +33,7 @@ def add_describe(subparsers: Subparsers) -> None:
         "describe",
         help="parameters, operations and memory of a configuration",
         description="Say what a configuration costs: parameters, operations per image of a training step, and memory, "
-        "of each network. Needs no data: pictures are of --image, of the data set if it stands, or what the preset is "
+        "of each network. Needs no data: pictures are of --image, of the data set that you name, or what the preset is "
         "made for. Takes configuration keys as `train` does.",
     )
     parser.add_argument("--preset", help=f"start from a preset: {', '.join(preset_names())}")
@@ -59,8 +59,10 @@ def _image(config: Config, given: str | None, *, asked_for_data: bool) -> "Image
     from vaegan_dist.models import ImageShape
 
     standard = PRESET_IMAGES.get(config.preset or "")
+    # The data set that happens to lie at the default path was made for another preset as likely as for this one.
+    named = config.data.path != Config().data.path
     stands = "://" in config.data.path or Path(config.data.path).exists()
-    if given is None and (asked_for_data or (stands or standard is None)):
+    if given is None and (asked_for_data or (named and stands) or standard is None):
         try:
             manifest = open_configured(config.data, read=False).manifest
         except InputError as error:
