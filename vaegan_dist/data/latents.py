@@ -71,18 +71,12 @@ class LatentWriter(TarShard[Latent]):
     """A shard of latents."""
 
     def one(self, item: Latent) -> dict[str, Any]:
-        members = {f"{name}.npy": npy_bytes(array) for name, array in item.arrays.items()}
-        label = {} if item.label is None else {"cls": str(item.label).encode()}
-        return {"__key__": item.key, **members, **label}
+        return {f"{name}.npy": npy_bytes(array) for name, array in item.arrays.items()}
 
     def many(self, items: Sequence[Latent]) -> dict[str, Any]:
-        """Arrays `[n, *shape]`, n keys, int64 `[n]`."""
+        """Arrays `[n, *shape]`."""
         names = items[0].arrays
-        sample = {f"{name}.npy": npy_bytes(np.stack([each.arrays[name] for each in items])) for name in names}
-        sample["keys.json"] = json.dumps([latent.key for latent in items]).encode()
-        if items[0].label is not None:
-            sample["labels.npy"] = npy_bytes(np.asarray([latent.label for latent in items], np.int64))
-        return sample
+        return {f"{name}.npy": npy_bytes(np.stack([each.arrays[name] for each in items])) for name in names}
 
 
 def read_latent_manifest(folder: str | Path) -> LatentManifest:

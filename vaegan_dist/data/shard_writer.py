@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import numpy as np
 
@@ -39,7 +39,16 @@ class Broken:
     cause: str
 
 
-Item = TypeVar("Item")
+class Labelled(Protocol):
+    """What every item of a shard has."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def label(self) -> int | None: ...
+
+
+Item = TypeVar("Item", bound=Labelled)
 
 
 class TarShard(Generic[Item]):
@@ -60,11 +69,11 @@ class TarShard(Generic[Item]):
         self._tar = TarWriter(self, user="vaegan", group="vaegan", mode=0o644, encoder=False, mtime=0)
 
     def one(self, item: Item) -> dict[str, Any]:
-        """The sample of an item: `__key__`, and members by extension."""
+        """An item's members by extension, but for its key and label."""
         raise NotImplementedError
 
     def many(self, items: Sequence[Item]) -> dict[str, Any]:
-        """The members of a sample that holds several items."""
+        """The members of several items, but for their keys and labels."""
         raise NotImplementedError
 
     def write(self, data: bytes) -> int:
@@ -77,17 +86,24 @@ class TarShard(Generic[Item]):
         """Append an item."""
         self.samples += 1
         if self.layout == "files":
-            self._tar.write(self.one(item))
+            label = {} if item.label is None else {"cls": str(item.label).encode()}
+            self._tar.write({"__key__": item.key, **self.one(item), **label})
             return
         self._pending.append(item)
         if len(self._pending) == CHUNK:
             self._flush()
 
     def _flush(self) -> None:
+        """Write the items that wait as one sample, with n keys and int64 `[n]` labels."""
         if not self._pending:
             return
         items, self._pending = self._pending, []
-        self._tar.write({"__key__": f"{self.path.stem}-{(self.samples - 1) // CHUNK:06d}", **self.many(items)})
+        number = (self.samples - 1) // CHUNK
+        sample = {"__key__": f"{self.path.stem}-{number:06d}", **self.many(items)}
+        sample["keys.json"] = json.dumps([item.key for item in items]).encode()
+        if items[0].label is not None:
+            sample["labels.npy"] = npy_bytes(np.asarray([item.label for item in items], np.int64))
+        self._tar.write(sample)
 
     def finish(self, name: str) -> ShardInfo:
         """Complete the shard, make it durable and give it its name; `name` is what the manifest calls it."""
@@ -114,18 +130,11 @@ class ShardWriter(TarShard[Ready]):
     """A shard of pictures."""
 
     def one(self, item: Ready) -> dict[str, Any]:
-        label = {} if item.label is None else {"cls": str(item.label).encode()}
-        return {"__key__": item.key, item.extension: item.content, **label}
+        return {item.extension: item.content}
 
     def many(self, items: Sequence[Ready]) -> dict[str, Any]:
-        """uint8 `[n, H, W, C]`, n keys, int64 `[n]`."""
-        sample: dict[str, Any] = {
-            "images.npy": npy_bytes(np.stack([np.asarray(picture.content) for picture in items])),
-            "keys.json": json.dumps([picture.key for picture in items]).encode(),
-        }
-        if items[0].label is not None:
-            sample["labels.npy"] = npy_bytes(np.asarray([picture.label for picture in items], np.int64))
-        return sample
+        """uint8 `[n, H, W, C]`."""
+        return {"images.npy": npy_bytes(np.stack([np.asarray(picture.content) for picture in items]))}
 
 
 def temporary_name(path: Path) -> Path:
