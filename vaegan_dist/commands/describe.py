@@ -14,6 +14,7 @@ from vaegan_dist.errors import ConfigError, InputError
 if TYPE_CHECKING:  # torch takes seconds to import; only the commands that use it pay for that
     from vaegan_dist.models import ImageShape
     from vaegan_dist.training.describe import ModelPlan
+    from vaegan_dist.training.pictures import image_of
 
 # What the presets are made for, where neither --image nor a data set says it.
 PRESET_IMAGES = {
@@ -69,7 +70,7 @@ def _image(config: Config, given: str | None, *, asked_for_data: bool) -> "Image
             if asked_for_data:
                 raise
             raise ConfigError(f"--image is missing, and no data set stands ({error}); give --image 64x64x3") from None
-        return ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+        return image_of(manifest)
     size = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([13])", given or standard or "")
     if size is None:
         raise ConfigError(f"--image={given}: give width, height and channels (1 or 3), for example 64x64x3")

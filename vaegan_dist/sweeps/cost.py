@@ -8,8 +8,8 @@ import torch
 
 from vaegan_dist.config import Config
 from vaegan_dist.data.configured import open_configured
-from vaegan_dist.models import ImageShape
 from vaegan_dist.sweeps.plan import Plan
+from vaegan_dist.training.pictures import image_of
 from vaegan_dist.training.state import create_state
 from vaegan_dist.training.step import Step
 
@@ -62,7 +62,7 @@ def measure_rate(config: Config, seconds: float = MEASURED_SECONDS) -> float:
     """
     dataset = open_configured(config.data)
     manifest, batch = dataset.manifest, config.training.batch_size
-    image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    image = image_of(manifest)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.torch_threads or 1)
     try:

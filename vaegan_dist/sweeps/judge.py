@@ -9,10 +9,10 @@ from vaegan_dist.config import Config
 from vaegan_dist.data.configured import open_configured
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.evaluation.features import automatic
-from vaegan_dist.models import ImageShape
 from vaegan_dist.sweeps.settings import Mode, SweepSettings
 from vaegan_dist.sweeps.trial import Judged
 from vaegan_dist.training.evaluating import RECORDED, RENAMED
+from vaegan_dist.training.pictures import image_of
 from vaegan_dist.training.state import create_state
 from vaegan_dist.training.step import Step
 
@@ -79,7 +79,7 @@ def _unknown(metrics: tuple[str, ...], offer: _Offer) -> str:
 def _offer(config: Config) -> _Offer:
     """Names that the records hold; the data set is opened, nothing is trained."""
     manifest = open_configured(config.data, read=False).manifest
-    image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    image = image_of(manifest)
     features = config.evaluation.features
     if features == "auto":
         features = automatic(len(manifest.classes or ()), max(image.height, image.width))

@@ -11,6 +11,7 @@ from vaegan_dist.models import ImageShape, outline_networks
 from vaegan_dist.objectives import build_objective
 from vaegan_dist.objectives.cost import CostMeter
 from vaegan_dist.seeding import standard_normal
+from vaegan_dist.training.pictures import image_of
 from vaegan_dist.training.state import EMA_NETWORKS
 
 COUNTED_IMAGES = 4  # at least; a whole number of minibatch groups
@@ -85,7 +86,7 @@ def describe(config: Config) -> Plan:
     """
     dataset = open_configured(config.data, read=False)
     manifest = dataset.manifest
-    image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    image = image_of(manifest)
     order = EpochOrder(
         shard_samples=dataset.shard_samples,
         seed=config.run.seed,

@@ -22,7 +22,6 @@ from vaegan_dist.data.dataset import ShardDataset
 from vaegan_dist.data.loader import train_batches
 from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import VaeganError
-from vaegan_dist.models import ImageShape
 from vaegan_dist.reporting.records import Record
 from vaegan_dist.training.checkpoint import Checkpoint
 from vaegan_dist.training.evaluating import Evaluations, EvaluationStoppedError
@@ -31,6 +30,7 @@ from vaegan_dist.training.keeper import Keeper
 from vaegan_dist.training.memory import advice, is_out_of_memory
 from vaegan_dist.training.meter import Agreement, Meter, from_all_ranks
 from vaegan_dist.training.observer import Observer
+from vaegan_dist.training.pictures import image_of
 from vaegan_dist.training.presence import RunLock, take_folder
 from vaegan_dist.training.resume import refuse_changes, refuse_other_data, run_folder
 from vaegan_dist.training.runtime import Runtime
@@ -69,7 +69,7 @@ class Training:
         self.folder = run_folder(config)
         self.dataset: ShardDataset = open_configured(config.data, counted_elsewhere=True)
         manifest = self.dataset.manifest
-        self.image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+        self.image = image_of(manifest)
         self.augment = Augmentation(config.run.seed, config.data.flip, config.data.random_crop, runtime.device)
         self.identity: dict[str, Any] = {"samples": list(self.dataset.shard_samples), "streams": config.streams}
         take_folder(self.folder, lock, runtime, shared=not is_remote(config.run.storage))

@@ -31,6 +31,7 @@ from vaegan_dist.evaluation.quality import Lpips
 from vaegan_dist.evaluation.ranks import Ranks
 from vaegan_dist.evaluation.reference import Reference, measure_reference
 from vaegan_dist.models import Decoder, Encoder, ImageShape
+from vaegan_dist.training.pictures import require_size
 
 log = logging.getLogger(__name__)
 
@@ -81,17 +82,6 @@ def _has_validation(data: DataSection, path: str) -> bool:
         log.info("no validation split: %s", error)
         return False
     return True
-
-
-def require_size(dataset: ShardDataset, image: ImageShape, path: str) -> None:
-    """Refuse pictures that the model does not take."""
-    manifest = dataset.manifest
-    if (manifest.channels, manifest.height, manifest.width) != (image.channels, image.height, image.width):
-        raise InputError(
-            f"data set '{path}' has pictures of {manifest.width}x{manifest.height}x{manifest.channels}, the model "
-            f"takes {image.width}x{image.height}x{image.channels}; prepare it with --resolution {image.height} "
-            f"--channels {image.channels}"
-        )
 
 
 class Evaluator:

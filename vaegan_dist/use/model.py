@@ -19,6 +19,7 @@ from vaegan_dist.models import Decoder, Encoder, ImageShape, Posterior, build_ne
 from vaegan_dist.seeding import standard_normal
 from vaegan_dist.training.best import best_checkpoint
 from vaegan_dist.training.checkpoint import SEAL, load_networks
+from vaegan_dist.training.pictures import require_size
 
 EXPORT_FORMAT = "vaegan_dist"
 EXPORT_CONFIG = "config.json"
@@ -219,13 +220,7 @@ def open_for(model: Model, data: str | None, split: str) -> ShardDataset:
     settings = model.config.data
     path = data or settings.path
     dataset = open_dataset(path, split, cache_dir=settings.cache_dir, cache_bytes=settings.cache_bytes)
-    manifest, image = dataset.manifest, model.image
-    if (manifest.channels, manifest.height, manifest.width) != (image.channels, image.height, image.width):
-        raise InputError(
-            f"data set '{path}' has pictures of {manifest.width}x{manifest.height}x{manifest.channels}, the model "
-            f"takes {image.width}x{image.height}x{image.channels}; prepare it with --resolution {image.height} "
-            f"--channels {image.channels}"
-        )
+    require_size(dataset, model.image, path)
     return dataset
 
 
