@@ -125,6 +125,9 @@ class TrainingSection(Section):
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
     """compile the networks with torch.compile in this mode; the last two capture CUDA graphs and need a GPU. A
     discriminator under r1, r2 or gradient_penalty stays as it is: compiled code cannot be differentiated twice"""
+    cuda_graphs: bool | None = None
+    """capture whole steps as CUDA graphs, but for those in which beta or the capacity moves (default: where one worker
+    trains alone on a GPU)"""
     channels_last: bool = True
     """memory format of pictures and convolution weights"""
     torch_threads: Count = 0
@@ -135,6 +138,14 @@ class TrainingSection(Section):
     """rollbacks, each with other noise than before, after which the next one is the run's end"""
     rollback_rate_factor: Annotated[float, Field(gt=0, le=1)] = 1.0
     """factor on every learning rate for each rollback that the run has behind it"""
+
+    @model_validator(mode="after")
+    def _captured_once(self) -> "TrainingSection":
+        if self.cuda_graphs and self.compile not in ("no", "default"):
+            raise ValueError(
+                f"compile={self.compile} captures CUDA graphs itself; set compile=default, or cuda_graphs to false"
+            )
+        return self
 
     @field_validator("mixed_precision", "compile", mode="before")
     @classmethod

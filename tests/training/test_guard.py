@@ -25,9 +25,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int], rollbacks: tuple[int,
 
     Returns the image counts of all steps, as they are made.
     """
-    original, seen = Step._to_device, list[int]()
+    original, seen = Step._to_float, list[int]()
 
-    def to_device(step: Step, images: Tensor) -> Tensor:
+    def to_float(step: Step, images: Tensor) -> Tensor:
         x = original(step, images)
         progress = step.state.progress
         seen.append(progress.images_seen)
@@ -36,7 +36,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, bad: set[int], rollbacks: tuple[int,
             x[0, 0, 0, 0] = torch.inf
         return x
 
-    monkeypatch.setattr(Step, "_to_device", to_device)
+    monkeypatch.setattr(Step, "_to_float", to_float)
     return seen
 
 
@@ -124,8 +124,8 @@ def test_the_watch_names_a_term_that_is_not_finite_and_begins_anew_with_a_phase(
 POISON = """
 import sys, torch
 from vaegan_dist.training.step import Step
-original, rank, ranks = Step._to_device, int(sys.argv.pop(1)), sys.argv.pop(1)
-def to_device(step, images):
+original, rank, ranks = Step._to_float, int(sys.argv.pop(1)), sys.argv.pop(1)
+def to_float(step, images):
     x = original(step, images)
     progress = step.state.progress
     # The last rank has the last rows: with one rank the same picture of the batch is hit.
@@ -133,7 +133,7 @@ def to_device(step, images):
         x = x.clone()
         x[-1, 0, 0, 0] = torch.inf
     return x
-Step._to_device = to_device
+Step._to_float = to_float
 from vaegan_dist.cli import main
 sys.exit(main(sys.argv[1:]))
 """

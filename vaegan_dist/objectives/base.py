@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Decoder, Discriminator, Encoder
+from vaegan_dist.objectives.divergence import kl_numbers
 
 Terms = dict[str, Tensor]
 LATENT = "latent"  # mean over images of each latent unit's KL, mu and mu^2: `[3, units]`
@@ -107,6 +108,10 @@ class Objective(nn.Module):
             (means over this rank's batch).
         """
         raise NotImplementedError
+
+    def graph_key(self, images_seen: int) -> tuple[float, ...]:
+        """All that `forward` makes of `images_seen`: steps of equal keys do the same to what they are given."""
+        return kl_numbers(self.settings, images_seen)
 
     def held_back(self, means: Terms) -> Terms:
         """`gated` networks with a flag 0 or 1: whether they may take no optimiser step now; equal on all ranks.

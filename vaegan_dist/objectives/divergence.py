@@ -25,9 +25,15 @@ def weighted_kl(settings: ObjectiveSection, posterior: Posterior, images_seen: i
     if settings.free_bits:
         per_dim = per_dim.clamp_min(settings.free_bits)
     kl = per_dim.sum(1)
+    beta, capacity = kl_numbers(settings, images_seen)
     if settings.capacity:
-        kl = (kl - settings.capacity * _ramp(images_seen, settings.capacity_images)).abs()
-    return beta_at(settings, images_seen) * kl
+        kl = (kl - capacity).abs()
+    return beta * kl
+
+
+def kl_numbers(settings: ObjectiveSection, images_seen: int) -> tuple[float, float]:
+    """Weight of the KL and the capacity asked for, after `images_seen` images of the phase."""
+    return beta_at(settings, images_seen), settings.capacity * _ramp(images_seen, settings.capacity_images)
 
 
 def _ramp(images: int, length: int) -> float:

@@ -127,7 +127,7 @@ class VaeGan(Objective):
         terms: Terms = {}
         total = wide(x).new_zeros(())
         rec = self._reconstruct(x, noise["eps"]) if self.encodes else None
-        penalise = images_seen // self.batch_size % self.settings.penalty_interval == 0
+        penalise, active = self._penalises(images_seen), self._active(images_seen)
         # A reconstruction is altered as its picture, so that their features can be compared.
         view, view_gen = (view_of(self.settings.diff_augment, noise.get(f"augment_{kind}")) for kind in ("real", "gen"))
         real, logits_real, features_real = self._judge_real(x, view, leaf=penalise and self.settings.r1 > 0)
@@ -145,7 +145,6 @@ class VaeGan(Objective):
             )
         if rec and self.learns_rec:
             total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), view, images_seen, terms)
-        active = images_seen >= self.settings.adversarial_start_images
         if self.judges:
             game, played = play(
                 self.loss,
@@ -164,6 +163,18 @@ class VaeGan(Objective):
         if learns:
             total = total + active * self._penalty_terms(real, logits_real, fakes, view, noise, penalise, terms)
         return total, self.ordered(terms)
+
+    def graph_key(self, images_seen: int) -> tuple[float, ...]:
+        return (*super().graph_key(images_seen), self._penalises(images_seen), self._active(images_seen))
+
+    def _penalises(self, images_seen: int) -> bool:
+        """Whether a step evaluates the lazy penalties."""
+        settings = self.settings
+        lazy = self.learns("discriminator") and (settings.r1 > 0 or settings.r2 > 0)
+        return lazy and images_seen // self.batch_size % settings.penalty_interval == 0
+
+    def _active(self, images_seen: int) -> bool:
+        return images_seen >= self.settings.adversarial_start_images
 
     def _term_names(self) -> tuple[str, ...]:
         names: list[str] = []

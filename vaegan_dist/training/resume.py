@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "data.cache_dir",
     "data.cache_bytes",
     "training.torch_threads",
+    "training.cuda_graphs",
     "training.max_skipped_steps",
     "training.gradient_accumulation_steps",
     "training.max_rollbacks",

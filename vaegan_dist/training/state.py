@@ -97,16 +97,21 @@ class TrainState:
             yield self.phase
 
     @torch.no_grad()
-    def update_ema(self, decay: float, skipped: Tensor) -> None:
-        """Move the average towards the weights; a skipped step (flag 1) leaves it where it is.
+    def update_ema(self, share: float | Tensor, skipped: Tensor) -> None:
+        """Move the average by this share of the way to the weights; a skipped step (flag 1) leaves it where it is.
 
-        With a half-life of 0 images the decay is 0 and the average is the weights themselves.
+        With a half-life of 0 images the share is 1 and the average is the weights themselves.
         """
-        weight: Any = (1.0 - decay) * (1.0 - skipped)
+        weight: Any = share * (1.0 - skipped)
         for name in EMA_NETWORKS:
             average: list[Tensor] = list(self.ema[name].parameters())
             current: list[Tensor] = list(self.networks[name].parameters())
-            torch._foreach_lerp_(average, current, weight)
+            if self.device.type == "cpu":
+                torch._foreach_lerp_(average, current, weight)
+            else:  # lerp takes its weight from the host, which would have to wait for the device's
+                gaps = torch._foreach_sub(current, average)
+                torch._foreach_mul_(gaps, weight)
+                torch._foreach_add_(average, gaps)
             for target, source in zip(self.ema[name].buffers(), self.networks[name].buffers(), strict=True):
                 target.copy_(source)
 

@@ -17,6 +17,7 @@ from vaegan_dist.objectives import Objective, build_objective
 from vaegan_dist.objectives.base import LATENT, Terms
 from vaegan_dist.seeding import standard_normal
 from vaegan_dist.training.compiled import compile_networks
+from vaegan_dist.training.graphs import StepGraphs, captures
 from vaegan_dist.training.schedule import ema_decay, rate_factor
 from vaegan_dist.training.state import TrainState
 
@@ -49,6 +50,11 @@ class Step:
             state.recall(stage.memory)
         self.layers = {name: stateful_layers(state.networks[name]) for name in self.trained}
         self.compiled = compile_networks(state, self.objective, config.objective_of(phase))
+        self.graphs: StepGraphs | None = None
+        self.ema_share: float | Tensor = 0.0
+        if captures(config.training, self.device, world_size):
+            self._read_numbers_from_device()
+            self.graphs = StepGraphs(self._train_on, self.device)
         self.modules: list[nn.Module] = [self._wrapped(stage) for stage in self.stages]
         self.units = next((stage.latent_units for stage in self.stages if stage.latent_units), 0)
         self.term_names = (
@@ -75,8 +81,18 @@ class Step:
     def __call__(self, images: Tensor) -> None:
         """Train on this rank's rows `[B / world_size, C, H, W]` of the next global batch (uint8)."""
         self.compiled.begin_step()
-        x = self._to_device(images)
-        noise = self._noise()
+        self._set_numbers()
+        if self.graphs is None:
+            self._train_on(images.to(self.device, non_blocking=True), self._noise())
+        else:
+            seen = self.state.progress.phase_images
+            key = tuple(stage.graph_key(seen) for stage in self.stages)
+            self.graphs(key, images, self._noise())
+        self.steps += 1
+
+    def _train_on(self, images: Tensor, noise: dict[str, Tensor]) -> None:
+        """All that the device does in a step: what it keeps, it writes in place, so that a graph can repeat it."""
+        x = self._to_float(images)
         for name in self.trained:
             self.state.optimizers[name].zero_grad(set_to_none=self.world_size == 1)
         terms: list[Tensor] = []
@@ -99,17 +115,36 @@ class Step:
             skip = torch.maximum(skip, 1.0 - finite.to(torch.float32))
             self._optimize(stage, skip, held)
             stage.remember(means, skip)
-        images_seen = self.state.progress.images_seen + self.batch_size
-        decay = ema_decay(self.state.config.ema, images_seen, self.batch_size)
-        self.state.update_ema(decay, skip)
+        self.state.update_ema(self.ema_share, skip)
         flags = [*(held[name] for name in self.objective.gated), *(norms[name] for name in self.trained)]
         self._accumulate([*terms, torch.stack(flags).to(torch.float64), *latent], skip)
 
-    def _to_device(self, images: Tensor) -> Tensor:
-        x = to_float(images.to(self.device, non_blocking=True), self.dtype)
+    def _to_float(self, images: Tensor) -> Tensor:
+        x = to_float(images, self.dtype)
         if self.state.config.training.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         return x
+
+    def _set_numbers(self) -> None:
+        """Learning rates of this step, and how far the average moves."""
+        config, progress = self.state.config, self.state.progress
+        budget = config.phase_images(self.phase)
+        # The rate of a step is that of the images it will have seen, so that a warm-up never wastes a step at zero.
+        images = progress.phase_images + self.batch_size
+        factor = rate_factor(config.optimizer, images, budget + self.batch_size) * self.phase.learning_rate_scale
+        factor *= config.training.rollback_rate_factor**progress.rollbacks
+        for name in self.trained:
+            group = self.state.optimizers[name].param_groups[0]
+            group["lr"] = _set(group["lr"], config.optimizer.rate_of(name) * factor)
+        decay = ema_decay(config.ema, progress.images_seen + self.batch_size, self.batch_size)
+        self.ema_share = _set(self.ema_share, 1.0 - decay)
+
+    def _read_numbers_from_device(self) -> None:
+        """Keep these numbers where a captured step can read them anew."""
+        self.ema_share = torch.zeros((), device=self.device)
+        for name in self.trained:
+            group = self.state.optimizers[name].param_groups[0]
+            group["lr"], group["capturable"] = torch.zeros((), device=self.device), True
 
     def _noise(self) -> dict[str, Tensor]:
         """This rank's rows of the global batch's noise: a function of (seed, purpose, images_seen), not of the rank."""
@@ -168,15 +203,8 @@ class Step:
 
     def _optimize(self, stage: Objective, skip: Tensor, held: Terms) -> None:
         """Move what a stage trains, but for networks that are held back; a skipped step moves nothing."""
-        settings = self.state.config.optimizer
-        budget = self.state.config.phase_images(self.phase)
-        # The rate of a step is that of the images it will have seen, so that a warm-up never wastes a step at zero.
-        images = self.state.progress.phase_images + self.batch_size
-        factor = rate_factor(settings, images, budget + self.batch_size) * self.phase.learning_rate_scale
-        factor *= self.state.config.training.rollback_rate_factor**self.state.progress.rollbacks
         for name in stage.trained:
             optimizer = self.state.optimizers[name]
-            optimizer.param_groups[0]["lr"] = settings.rate_of(name) * factor
             # The fused kernel reads this flag on the device and leaves weights and moments alone when it is set.
             stays = torch.maximum(skip, held[name]) if name in held else skip
             optimizer.found_inf = stays  # type: ignore[attr-defined]
@@ -189,10 +217,14 @@ class Step:
         # A skipped step counts as skipped and enters no mean.
         values = torch.where(skip > 0, torch.zeros_like(values), values)
         self.sums += torch.cat([values, skip.to(torch.float64).reshape(1)])
-        self.steps += 1
-        self.skipped_in_a_row = (self.skipped_in_a_row + skip) * skip
-        self.worst_in_a_row = torch.maximum(self.worst_in_a_row, self.skipped_in_a_row)
+        self.skipped_in_a_row.add_(skip).mul_(skip)
+        torch.maximum(self.worst_in_a_row, self.skipped_in_a_row, out=self.worst_in_a_row)
 
     def rates(self) -> dict[str, float]:
         """Learning rate of each trained network at the last step."""
-        return {f"lr_{name}": self.state.optimizers[name].param_groups[0]["lr"] for name in self.trained}
+        return {f"lr_{name}": float(self.state.optimizers[name].param_groups[0]["lr"]) for name in self.trained}
+
+
+def _set(number: float | Tensor, value: float) -> float | Tensor:
+    """The new value, in the tensor where there is one."""
+    return number.fill_(value) if isinstance(number, Tensor) else value
