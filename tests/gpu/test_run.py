@@ -74,16 +74,7 @@ def test_from_pictures_to_an_export(digits: Path, tmp_path: Path) -> None:
 
     settings = (f"--storage={tmp_path}", f"--data={digits}", "cluster.gpus_per_worker=1", "reporting.metrics_port=0")
     often = ("evaluation.images=2560", "evaluation.samples=256")
-    run(
-        "train",
-        "--preset",
-        "smoke",
-        "--runtime",
-        "local",
-        *settings,
-        "evaluation.images=2560",
-        "evaluation.samples=256",
-    )
+    run("train", "--preset", "smoke", "--runtime", "local", *settings, *often)
     rows = [json.loads(line) for line in (tmp_path / "smoke/history.jsonl").read_text().splitlines()]
     assert rows[-1]["event"] == "end" and rows[-1]["reason"] == "done"
     assert any(row["event"] == "evaluation" for row in rows)
