@@ -123,8 +123,8 @@ class TrainingSection(Section):
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 runs networks under autocast; losses, norms and optimisers stay float32"""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = "no"
-    """compile the networks with torch.compile in this mode; the last two capture CUDA graphs and need a GPU. A
-    discriminator under r1, r2 or gradient_penalty stays as it is: compiled code cannot be differentiated twice"""
+    """compile the networks with torch.compile in this mode; the last two capture CUDA graphs of each network and need a
+    GPU. Passes that r1, r2 or gradient_penalty differentiate twice stay as they are: compiled code does not allow it"""
     cuda_graphs: bool | None = None
     """capture whole steps as CUDA graphs, but for those in which beta or the capacity moves (default: where one worker
     trains alone on a GPU)"""

@@ -1,11 +1,19 @@
 """What every network of a kind offers; the objectives know nothing else of them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp stays finite in float32 and bfloat16
+# The passes of each network, for which compiled code may stand in, set on the instance.
+PASSES = {
+    "encoder": ("moments",),
+    "decoder": ("pre_image",),
+    "discriminator": ("features", "logits_and_features"),
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,17 @@ class ImageShape:
 def wide(tensor: Tensor) -> Tensor:
     """At least float32: losses do not sum in a half precision."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+@contextmanager
+def as_written(discriminator: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let a discriminator's own code run where compiled code stands in for it, which cannot be differentiated twice."""
+    own = discriminator.__dict__
+    aside = {name: own.pop(name) for name in PASSES["discriminator"] if wanted and name in own}
+    try:
+        yield
+    finally:
+        own.update(aside)
 
 
 @dataclass(frozen=True)

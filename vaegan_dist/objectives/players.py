@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vaegan_dist.models import Discriminator
-from vaegan_dist.models.networks import wide
+from vaegan_dist.models.networks import as_written, wide
 from vaegan_dist.objectives.adversarial import AdversarialLoss
 from vaegan_dist.objectives.augment import View
 from vaegan_dist.objectives.base import Terms
@@ -47,6 +47,7 @@ def judge(
     learns: bool,
     plays: bool,
     leaf: bool,
+    twice: bool = False,
     layer: int | None = None,
 ) -> Judged:
     """Show fakes to the discriminator so that both players' gradients can be told apart on the way back.
@@ -58,6 +59,7 @@ def judge(
         learns: the discriminator learns from these pictures.
         plays: a player descends L_G of these pictures.
         leaf: the logits will be differentiated in the pictures: by a penalty, or to balance two gradients.
+        twice: and that gradient again in the discriminator's weights.
         layer: discriminator layer whose features are wanted.
     """
     boundary = None
@@ -74,7 +76,7 @@ def judge(
         seen = image.detach().requires_grad_()
     else:
         seen = image.detach()
-    with torch.set_grad_enabled(plays or learns or seen.requires_grad):
+    with torch.set_grad_enabled(plays or learns or seen.requires_grad), as_written(discriminator, twice):
         last = discriminator.depth - 1 if layer is None else layer
         logits, features = discriminator.logits_and_features(view(seen), last)
     return Judged(image, seen, boundary, wide(logits), None if layer is None else features, plays)

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
-from vaegan_dist.models.networks import wide
+from vaegan_dist.models.networks import as_written, wide
 from vaegan_dist.objectives import equilibrium, lecam
 from vaegan_dist.objectives.adversarial import LOSSES
 from vaegan_dist.objectives.augment import NUMBERS, View, view_of
@@ -133,15 +133,25 @@ class VaeGan(Objective):
         real, logits_real, features_real = self._judge_real(x, view, leaf=penalise and self.settings.r1 > 0)
         fakes: dict[str, Judged] = {}
         learns = self.learns("discriminator")
-        leaf = (penalise and self.settings.r2 > 0 and learns) or self.balances
+        twice = penalise and self.settings.r2 > 0
+        leaf = twice or self.balances
         if self.judges and self.gen_is_fake:
             with torch.set_grad_enabled(self.plays):
                 x_gen = self.decoder(noise["z_prior"])
-            fakes["gen"] = judge(self.discriminator, x_gen, view_gen, learns=learns, plays=self.plays, leaf=leaf)
+            fakes["gen"] = judge(
+                self.discriminator, x_gen, view_gen, learns=learns, plays=self.plays, leaf=leaf, twice=twice
+            )
         if rec and self.rec_is_fake and self.judges:
             layer = self.layer if self.similarity else None
             fakes["rec"] = judge(
-                self.discriminator, rec.x_rec, view, learns=learns, plays=self.rec_plays, leaf=leaf, layer=layer
+                self.discriminator,
+                rec.x_rec,
+                view,
+                learns=learns,
+                plays=self.rec_plays,
+                leaf=leaf,
+                twice=twice,
+                layer=layer,
             )
         if rec and self.learns_rec:
             total = total + self._rec_terms(rec, x, features_real, fakes.get("rec"), view, images_seen, terms)
@@ -256,9 +266,10 @@ class VaeGan(Objective):
         with torch.set_grad_enabled(learns):
             if not self.judges_real:
                 return x, None, self.discriminator.features(view(x), self.layer)
-            if leaf and learns:
+            if leaf:
                 x = x.detach().requires_grad_()
-            logits, features = self.discriminator.logits_and_features(view(x), self.layer)
+            with as_written(self.discriminator, leaf):
+                logits, features = self.discriminator.logits_and_features(view(x), self.layer)
         return x, wide(logits), features.detach() if self.similarity else None
 
     def _rec_terms(
@@ -345,7 +356,9 @@ class VaeGan(Objective):
             share = uniform(noise["mix"])
             fake = next(iter(fakes.values())).image.detach()
             between = (share * real.detach() + (1 - share) * fake).requires_grad_()
-            penalty = one_centred(wide(self.discriminator(view(between))), between).mean()
+            with as_written(self.discriminator):
+                logits = wide(self.discriminator(view(between)))
+            penalty = one_centred(logits, between).mean()
             terms["penalty_gp"] = settings.gradient_penalty * penalty
         on_pictures = [terms[name] for name, weight in self._penalties.items() if weight and name != "penalty_lecam"]
         return sum(on_pictures, start=zero)

@@ -10,16 +10,12 @@ import torch
 import torch._functorch.config
 from torch import nn
 
-from vaegan_dist.config import NetworkName, ObjectiveSection
+from vaegan_dist.config import NetworkName
 from vaegan_dist.errors import ConfigError
+from vaegan_dist.models.networks import PASSES
 from vaegan_dist.objectives import Objective
 from vaegan_dist.training.state import TrainState
 
-PASSES: dict[NetworkName, tuple[str, ...]] = {
-    "encoder": ("moments",),
-    "decoder": ("pre_image",),
-    "discriminator": ("features", "logits_and_features"),
-}
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
@@ -36,7 +32,7 @@ class Compiled:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
 
 
-def compile_networks(state: TrainState, objective: Objective, settings: ObjectiveSection) -> Compiled:
+def compile_networks(state: TrainState, objective: Objective) -> Compiled:
     """Compile the passes of the networks that a phase uses, as `training.compile` says; undo an earlier phase's.
 
     Raises:
@@ -44,7 +40,7 @@ def compile_networks(state: TrainState, objective: Objective, settings: Objectiv
     """
     mode = state.config.training.compile
     for name, network in state.networks.items():
-        for method in PASSES[name]:  # type: ignore[index]
+        for method in PASSES[name]:
             network.__dict__.pop(method, None)
     if mode == "no":
         return Compiled()
@@ -55,8 +51,7 @@ def compile_networks(state: TrainState, objective: Objective, settings: Objectiv
         )
     # A graph is walked more than once here: to a picture for one player and to the weights for the other.
     torch._functorch.config.donated_buffer = False
-    twice = settings.r1 > 0 or settings.r2 > 0 or settings.gradient_penalty > 0
-    chosen = tuple(name for name in PASSES if name in objective.networks and not (name == "discriminator" and twice))
+    chosen = tuple(name for name in PASSES if name in objective.networks)
     for name in chosen:
         _compile(state.networks[name], PASSES[name], mode)
     return Compiled(chosen, mode in GRAPH_MODES)

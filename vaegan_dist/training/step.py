@@ -49,7 +49,7 @@ class Step:
         for stage in self.stages:
             state.recall(stage.memory)
         self.layers = {name: stateful_layers(state.networks[name]) for name in self.trained}
-        self.compiled = compile_networks(state, self.objective, config.objective_of(phase))
+        self.compiled = compile_networks(state, self.objective)
         self.graphs: StepGraphs | None = None
         self.ema_share: float | Tensor = 0.0
         if captures(config.training, self.device, world_size):
