@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from vaegan_dist.config import NetworkName
+
 LOGVAR_RANGE = (-30.0, 20.0)  # exp stays finite in float32 and bfloat16
 # The passes of each network, for which compiled code may stand in, set on the instance.
-PASSES = {
+PASSES: dict[NetworkName, tuple[str, ...]] = {
     "encoder": ("moments",),
     "decoder": ("pre_image",),
     "discriminator": ("features", "logits_and_features"),

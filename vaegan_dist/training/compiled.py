@@ -40,7 +40,7 @@ def compile_networks(state: TrainState, objective: Objective) -> Compiled:
     """
     mode = state.config.training.compile
     for name, network in state.networks.items():
-        for method in PASSES[name]:
+        for method in PASSES[name]:  # type: ignore[index]
             network.__dict__.pop(method, None)
     if mode == "no":
         return Compiled()
