@@ -31,15 +31,18 @@ from vaegan_dist.training.step import Step
 
 RESULTS = Path(__file__).with_name("RESULTS.md")
 LARSEN, SMALL_KL, SOFT_INTRO = ImageShape(3, 64, 64), ImageShape(3, 64, 64), ImageShape(1, 32, 32)
+CPU = torch.device("cpu")
 Contender = Callable[[], None]
 
 
-def ours(preset: str, image: ImageShape, batch: int, *overrides: str) -> Contender:
+def ours(preset: str, image: ImageShape, batch: int, *overrides: str, device: torch.device = CPU) -> Contender:
     """The product's own step: routed gradients, fused Adam, averages."""
     config = load_config(preset, overrides=[f"training.batch_size={batch}", *overrides])
-    state = create_state(config, image, torch.device("cpu"), torch.float32)
+    state = create_state(config, image, device, torch.float32)
     step = Step(state, config.phases[-1], 0, 1)
     images = torch.randint(0, 256, (batch, image.channels, image.height, image.width), dtype=torch.uint8)
+    if device.type == "cuda":
+        images = images.pin_memory()  # as the loader hands them over
 
     def run() -> None:
         step(images)
@@ -49,39 +52,48 @@ def ours(preset: str, image: ImageShape, batch: int, *overrides: str) -> Contend
     return run
 
 
-def larsen(batch: int) -> nn.ModuleDict:
-    """The networks that the peers train: those of the preset larsen-64."""
+def larsen(batch: int, device: torch.device = CPU) -> nn.ModuleDict:
+    """The networks that the peers train: those of the preset larsen-64, channels last."""
     config = load_config("larsen-64", overrides=[f"training.batch_size={batch}"])
-    return create_state(config, LARSEN, torch.device("cpu"), torch.float32).networks.requires_grad_(True)
+    return create_state(config, LARSEN, device, torch.float32).networks.requires_grad_(True)
 
 
 def adam(network: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(network.parameters(), lr=3e-4)
+    """Adam; on a GPU in its fused form."""
+    return torch.optim.Adam(network.parameters(), lr=3e-4, fused=next(network.parameters()).is_cuda or None)
 
 
-def two_phase(batch: int) -> Contender:
+def two_phase(batch: int, device: torch.device = CPU, bf16: bool = False) -> Contender:
     """As one writes it by hand: discriminator step on detached fakes, then autoencoder step through a frozen one."""
-    networks = larsen(batch)
+    networks = larsen(batch, device)
     encoder, decoder, discriminator = (networks[name] for name in ("encoder", "decoder", "discriminator"))
     optimizers = {name: adam(network) for name, network in networks.items()}
-    x = torch.rand(batch, 3, 64, 64) * 2 - 1
+    x = (torch.rand(batch, 3, 64, 64, device=device) * 2 - 1).contiguous(memory_format=torch.channels_last)
     last = discriminator.depth - 1
 
+    def judged_apart() -> tuple[Tensor, Tensor]:
+        x_gen = decoder(torch.randn(batch, 128, device=device))
+        return F.softplus(-discriminator(x)).mean() + F.softplus(discriminator(x_gen.detach())).mean(), x_gen
+
+    def seen_through(x_gen: Tensor) -> Tensor:
+        posterior = encoder(x)
+        x_rec = decoder(posterior.sample(torch.randn(batch, 128, device=device)))
+        with torch.no_grad():
+            real = discriminator.features(x, last)
+        difference = (discriminator.features(x_rec, last) - real).float()
+        similarity = 0.5 * difference.square().flatten(1).sum(1).mean()
+        kl = posterior.kl_per_dim().sum(1).mean()
+        return similarity + kl + F.softplus(-discriminator(x_gen)).mean()
+
     def run() -> None:
-        z_prior = torch.randn(batch, 128)
-        x_gen = decoder(z_prior)
-        loss = F.softplus(-discriminator(x)).mean() + F.softplus(discriminator(x_gen.detach())).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss, x_gen = judged_apart()
         optimizers["discriminator"].zero_grad()
         loss.backward()
         optimizers["discriminator"].step()
         discriminator.requires_grad_(False)
-        posterior = encoder(x)
-        x_rec = decoder(posterior.sample(torch.randn(batch, 128)))
-        with torch.no_grad():
-            real = discriminator.features(x, last)
-        similarity = 0.5 * (discriminator.features(x_rec, last) - real).square().flatten(1).sum(1).mean()
-        kl = posterior.kl_per_dim().sum(1).mean()
-        loss = similarity + kl + F.softplus(-discriminator(x_gen)).mean()
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            loss = seen_through(x_gen)
         for name in ("encoder", "decoder"):
             optimizers[name].zero_grad()
         loss.backward()
@@ -92,14 +104,14 @@ def two_phase(batch: int) -> Contender:
     return run
 
 
-def pythae(batch: int) -> Contender:
+def pythae(batch: int, device: torch.device = CPU) -> Contender:
     """pythae's VAEGAN and its trainer's step, on our networks."""
     from pythae.models import VAEGAN, VAEGANConfig
     from pythae.models.base.base_utils import ModelOutput
     from pythae.models.nn import BaseDecoder, BaseDiscriminator, BaseEncoder
     from pythae.trainers import CoupledOptimizerAdversarialTrainer
 
-    networks = larsen(batch)
+    networks = larsen(batch, device)
     last = networks["discriminator"].depth - 1
 
     class PythaeEncoder(BaseEncoder):  # type: ignore[misc]
@@ -131,9 +143,9 @@ def pythae(batch: int) -> Contender:
             return ModelOutput(**{f"embedding_layer_{last + 1}": self.network.features(x, last)})
 
     settings = VAEGANConfig(input_dim=(3, 64, 64), latent_dim=128, reconstruction_layer=last + 1, margin=1e9)
-    model = VAEGAN(settings, PythaeEncoder(), PythaeDecoder(), PythaeDiscriminator())
+    model = VAEGAN(settings, PythaeEncoder(), PythaeDecoder(), PythaeDiscriminator()).to(device)
     trainer = SimpleNamespace(**{f"{name}_optimizer": adam(network) for name, network in networks.items()})
-    x = torch.rand(batch, 3, 64, 64)
+    x = torch.rand(batch, 3, 64, 64, device=device).contiguous(memory_format=torch.channels_last)
 
     def run() -> None:
         output = model({"data": x})
