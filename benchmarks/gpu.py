@@ -30,8 +30,9 @@ from vaegan_dist.models import ImageShape
 from vaegan_dist.training.memory import is_out_of_memory
 
 BF16, FP32 = "training.mixed_precision=bf16", "training.mixed_precision=no"
-GRAPHS = "training.cuda_graphs=true"
+GRAPHS, EACH = "training.cuda_graphs=true", "training.cuda_graphs=false"
 WARM_UP = 12  # steps; graphs are captured in them
+WARM_KINDS = 5  # of each kind of step, where a turn has several kinds
 TURN_SECONDS = 0.12  # what the steps of one turn take together
 LAZY = 16  # steps between two penalties of larsen-64: their mean is the cost
 PROFILED = 2
@@ -60,7 +61,7 @@ class Mode:
 
     @property
     def graphs(self) -> bool:
-        return any("graphs" in setting or "reduce-overhead" in setting for setting in self.settings)
+        return any(setting == GRAPHS or "reduce-overhead" in setting for setting in self.settings)
 
 
 @dataclass(frozen=True)
@@ -173,15 +174,15 @@ def modes(*wanted: str) -> tuple[Mode, ...]:
     """The modes by these names, in this order."""
     plain = "objective.r1=0"
     every = (
-        Mode("bf16", (BF16, plain)),
-        Mode("fp32", (FP32, plain)),
+        Mode("bf16", (BF16, plain, EACH)),
+        Mode("fp32", (FP32, plain, EACH)),
         Mode("bf16, graphs", (BF16, plain, GRAPHS)),
-        Mode("bf16, compile=default", (BF16, plain, "training.compile=default"), compiled=True),
-        Mode("bf16, compile=reduce-overhead", (BF16, plain, "training.compile=reduce-overhead"), compiled=True),
+        Mode("bf16, compile=default", (BF16, plain, EACH, "training.compile=default"), compiled=True),
+        Mode("bf16, compile=reduce-overhead", (BF16, plain, EACH, "training.compile=reduce-overhead"), compiled=True),
         Mode("bf16, compile=default, graphs", (BF16, plain, "training.compile=default", GRAPHS), compiled=True),
-        Mode("bf16, R1 every 16 steps", (BF16,), at_once=LAZY),
+        Mode("bf16, R1 every 16 steps", (BF16, EACH), at_once=LAZY),
         Mode("bf16, R1 every 16 steps, graphs", (BF16, GRAPHS), at_once=LAZY),
-        Mode("preset as it is"),
+        Mode("preset as it is", (EACH,)),
         Mode("preset as it is, graphs", (GRAPHS,)),
         Mode("two phases by hand, bf16", peer="two_phase"),
         Mode("pythae VAEGAN, fp32", peer="pythae"),
@@ -275,7 +276,8 @@ def traced(bench: Bench, contender: Contender) -> list[dict[str, object]]:
 def warm_up(bench: Bench, contender: Contender, mode: Mode) -> None:
     """The first steps, which allocate, choose kernels, compile and capture."""
     start = time.monotonic()
-    for step in range(WARM_UP if bench.device.type == "cuda" else 1):
+    steps = max(WARM_UP, WARM_KINDS * mode.at_once) if mode.graphs else WARM_UP
+    for step in range(steps if bench.device.type == "cuda" else 1):
         contender()
         bench.wait()
         if step >= 3 and time.monotonic() - start > 2 and not mode.graphs:
@@ -322,7 +324,7 @@ def look_inside(bench: Bench, made: Reference, row: Row) -> None:
 
 def finish(bench: Bench, mode: Mode, row: Row, counted: dict[tuple[str, ...], float]) -> None:
     """What follows from the rest: captured and compiled steps do the operations of the plain step of their settings."""
-    key = (mode.peer, *sorted(setting for setting in mode.settings if "compile" not in setting and setting != GRAPHS))
+    key = (mode.peer, *sorted(s for s in mode.settings if "compile" not in s and s not in (GRAPHS, EACH)))
     if row.error:
         return
     if row.gflop_per_image is not None:
