@@ -73,12 +73,12 @@ def test_from_pictures_to_an_export(digits: Path, tmp_path: Path) -> None:
         return done.stdout
 
     settings = (f"--storage={tmp_path}", f"--data={digits}", "cluster.gpus_per_worker=1", "reporting.metrics_port=0")
-    often = ("evaluation.images=2560", "evaluation.samples=256")
+    often = ("evaluation.images=2560", "evaluation.samples=256", "evaluation.features=none")
     run("train", "--preset", "smoke", "--runtime", "local", *settings, *often)
     rows = [json.loads(line) for line in (tmp_path / "smoke/history.jsonl").read_text().splitlines()]
     assert rows[-1]["event"] == "end" and rows[-1]["reason"] == "done"
     assert any(row["event"] == "evaluation" for row in rows)
-    run("evaluate", str(tmp_path / "smoke"), "--samples", "256", "--gpus")
+    run("evaluate", str(tmp_path / "smoke"), "--samples", "256", "--features", "none", "--gpus")
     run("sample", str(tmp_path / "smoke"), "--count", "16", "--output", str(tmp_path / "samples.png"))
     run("encode", str(tmp_path / "smoke"), str(tmp_path / "latents"), "--gpus")
     run("export", str(tmp_path / "smoke"), str(tmp_path / "exported"), "--format", "safetensors")
