@@ -10,7 +10,7 @@ from vaegan_dist.config import ConvModel, KlModel, MlpModel
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import ImageShape, build_networks
 from vaegan_dist.models.batch_norm import BranchNorm
-from vaegan_dist.models.layers import SelfAttention, draw_weights
+from vaegan_dist.models.layers import MinibatchStd, SelfAttention, draw_weights
 from vaegan_dist.models.spectral import SpectralConv2d, SpectralConvTranspose2d, SpectralLinear
 from vaegan_dist.models.stateful import stateful_layers
 
@@ -120,6 +120,17 @@ def test_batch_norm_remembers_branches_of_steps_that_count():
         layer(x)
     layer.advance(NO_SKIP)
     torch.testing.assert_close(layer.running_mean, torch.full((2,), 0.9 * 0.1 + 0.3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("shape", [(8, 5), (8, 3, 4, 2)])
+def test_minibatch_std_is_torchs_deviation(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    result = MinibatchStd(4)(x)
+    assert result.shape == (8, shape[1] + 1, *shape[2:]) and torch.equal(result[:, :-1], x)
+    for group in range(2):
+        rows = slice(4 * group, 4 * group + 4)
+        deviation = (x[rows].var(dim=0, unbiased=False) + 1e-8).sqrt().mean()
+        torch.testing.assert_close(result[rows, -1], deviation.expand_as(result[rows, -1]))
 
 
 def test_self_attention_position_by_position():

@@ -115,5 +115,6 @@ def test_the_command(
     assert "64x64x3" in text and "35,115,264" in text and "12.97 GFLOP per image" in text
     assert main(["describe", "--preset", "smoke", "--image", "16x8x3"]) == 0
     assert "16x8x3" in capsys.readouterr().out
+    assert main(["describe", "--preset", "larsen-64", "objective.diff_augment=[color, translation, cutout]"]) == 0
     assert main(["describe", "--preset", "smoke", "--image", "16x8"]) == 2
     assert "--image=16x8" in capsys.readouterr().err

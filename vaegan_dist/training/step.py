@@ -180,7 +180,8 @@ class Step:
         """Means over all ranks of the terms that a stage decides by; no talk where it asks for none."""
         if not stage.shared_terms:
             return {}
-        values = terms[[stage.term_names.index(name) for name in stage.shared_terms]]
+        # Not by a list of indices, which would be copied to the device, and waited for.
+        values = torch.stack([terms[stage.term_names.index(name)] for name in stage.shared_terms])
         if self.world_size > 1:
             dist.all_reduce(values)
         return dict(zip(stage.shared_terms, (values / self.world_size).unbind(), strict=True))

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
 TICK_SECONDS = 1.0
@@ -60,10 +61,11 @@ class Watchdog:
             f"(cluster.step_timeout_seconds) after {self.images_seen} images, while {self.doing}, {self._where()}; "
             f"the stacks of its threads are in its log; run the same command again to continue from the last checkpoint"
         )
-        print(f"rank {self.rank}, process {os.getpid()}: stacks of all threads", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(file=_stderr(), all_threads=True)
-        # A hang inside of the way out must not keep the process either.
+        # Neither a hang inside of the way out may keep the process, nor an error because nobody reads its log any more.
         faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True, file=_stderr())
+        with suppress(OSError):
+            print(f"rank {self.rank}, process {os.getpid()}: stacks of all threads", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=_stderr(), all_threads=True)
         self.abandon(line)
 
     def _where(self) -> str:
