@@ -101,11 +101,18 @@ def pick_gpu(local_rank: int, asked: str, remedy: str) -> torch.device:
     """The GPU of a rank of this machine.
 
     Raises:
-        ConfigError: torch sees none; names who asked for it and what to do.
+        ConfigError: torch sees none, or fewer than ranks, which NCCL does not let share one; names who asked for it and
+            what to do.
     """
     if not torch.cuda.is_available():
         raise ConfigError(f"{asked}: torch {torch.__version__} sees no GPU on {socket.gethostname()}; {remedy}")
-    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    count = torch.cuda.device_count()
+    if local_rank >= count:
+        raise ConfigError(
+            f"{asked}: {socket.gethostname()} has {count} GPU{'s' * (count > 1)}, and {local_rank + 1} ranks or more want "
+            f"one each; start at most {count} there, or {remedy}"
+        )
+    device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
 
