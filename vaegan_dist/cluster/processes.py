@@ -109,8 +109,8 @@ def pick_gpu(local_rank: int, asked: str, remedy: str) -> torch.device:
     count = torch.cuda.device_count()
     if local_rank >= count:
         raise ConfigError(
-            f"{asked}: {socket.gethostname()} has {count} GPU{'s' * (count > 1)}, and {local_rank + 1} ranks or more want "
-            f"one each; start at most {count} there, or {remedy}"
+            f"{asked}: {socket.gethostname()} has {count} GPU{'s' * (count > 1)}, and {local_rank + 1} ranks or more "
+            f"want one each; start at most {count} there, or {remedy}"
         )
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
