@@ -12,7 +12,7 @@ from vaegan_dist.config_source import parse_override, parse_yaml
 from vaegan_dist.errors import ConfigError
 
 Mode = Literal["min", "max"]
-# The journal carries these; a sweep that has begun may change them and nothing else.
+# The ledger carries these; a sweep that has begun may change them and nothing else.
 MAY_CHANGE = ("trials", "concurrent", "autoscaling")
 PREFIX = "sweep."
 
