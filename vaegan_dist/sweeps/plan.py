@@ -18,6 +18,10 @@ from vaegan_dist.training.remote import run_url
 COPIED = ("s3", "gs", "az")
 
 
+# Part of the budget at which asha first judges: after a twelfth it stopped the best β (docs/sweeps.md, Measured).
+FIRST_RUNG = 6
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a sweep needs but Ray."""
@@ -38,6 +42,14 @@ class Plan:
     def place(self) -> str:
         """Where the sweep stands, for people: its folder, or its URL."""
         return run_url(self.config) or str(self.folder)
+
+    @property
+    def grace(self) -> int:
+        """Images that every trial may spend before asha, hyperband or the median rule compare it with others."""
+        least = self.judged.interval
+        if self.settings.scheduler == "asha":
+            least = max(least, -(-self.config.total_images // FIRST_RUNG))
+        return self.settings.grace_images or least
 
     @property
     def left(self) -> int:
