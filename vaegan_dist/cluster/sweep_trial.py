@@ -28,6 +28,7 @@ from vaegan_dist.config_source import validate
 from vaegan_dist.errors import ConfigError, VaeganError
 from vaegan_dist.reporting.records import Record, integer, number
 from vaegan_dist.reporting.snapshot import RankSnapshot
+from vaegan_dist.sweeps.journal import PATIENCE
 from vaegan_dist.sweeps.ledger import Row
 from vaegan_dist.sweeps.trial import Judged, Reporter, trial_config
 from vaegan_dist.training.checkpoint import newest_whole, open_checkpoint
@@ -124,7 +125,7 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
 
 def _arrive(config: Config) -> RemoteRun | None:
     """A trial in a store may come from another machine: take it over, and put the copy here in the store's state."""
-    remote = remote_run(config)
+    remote = remote_run(config, PATIENCE)
     if remote is not None:
         remote.take_over()
         for complaint in remote.pull():

@@ -17,8 +17,8 @@ from vaegan_dist.training.remote import RemoteRun, SupersededError
 FILE = "trials.jsonl"
 LINES = "ledger"
 LINE_BYTES = 16 * 2**20
-ATTEMPTS = 16
-"""for about two minutes: what trials bear (checkpoint.write_attempts) must not end their sweep"""
+PATIENCE = 16
+"""attempts, for about two minutes: what a checkpoint bears (checkpoint.write_attempts) must not end trial or sweep"""
 OPENED = "opened"
 """event of the line with which a process takes the lines of a store over"""
 
@@ -95,7 +95,7 @@ class StoreJournal:
     """
 
     def __init__(self, remote: RemoteRun) -> None:
-        self.url, self.objects = remote.url, Objects(remote.url, attempts=ATTEMPTS)
+        self.url, self.objects = remote.url, Objects(remote.url, attempts=PATIENCE)
         self._count = 0
 
     def name(self, number: int) -> str:

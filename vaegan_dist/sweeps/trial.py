@@ -12,6 +12,7 @@ from vaegan_dist.config_source import with_changes
 from vaegan_dist.files import write_whole
 from vaegan_dist.reporting.records import Record, integer, measurements, number, text
 from vaegan_dist.reporting.sinks import read_history
+from vaegan_dist.sweeps.journal import PATIENCE
 from vaegan_dist.sweeps.ledger import Row, trial_name
 from vaegan_dist.training.checkpoint import newest_whole
 from vaegan_dist.training.remote import SMALL_BYTES, remote_run, run_url
@@ -92,7 +93,7 @@ class Reporter:
     waiting: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder, self.remote = run_folder(self.config), remote_run(self.config)
+        self.folder, self.remote = run_folder(self.config), remote_run(self.config, PATIENCE)
         self._ends = _phase_ends(self.config)
         self._last: Row | None = None
         self.sent = self._recall()

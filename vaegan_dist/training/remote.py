@@ -16,6 +16,7 @@ from vaegan_dist.config import Config
 from vaegan_dist.config_source import validate
 from vaegan_dist.data.cache import cache_folder, content_key, locked
 from vaegan_dist.data.objects import Objects
+from vaegan_dist.data.transfer import ATTEMPTS
 from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import ConfigError, InputError, VaeganError
 from vaegan_dist.files import write_whole
@@ -45,14 +46,15 @@ class RemoteRun:
     Args:
         url: of the run's folder.
         folder: its copy.
+        attempts: requests in a row that may bring nothing before the store is given up.
 
     Raises:
         InputError: not a usable URL.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, attempts: int = ATTEMPTS) -> None:
         self.url, self.folder = url.rstrip("/"), folder
-        self.objects = Objects(self.url)
+        self.objects = Objects(self.url, attempts=attempts)
         self._token = ""
         self._uploaded: dict[str, tuple[int, int]] = {}
 
@@ -197,10 +199,10 @@ def run_url(config: Config) -> str | None:
     return f"{storage.rstrip('/')}/{config.run.name}" if is_remote(storage) else None
 
 
-def remote_run(config: Config) -> RemoteRun | None:
+def remote_run(config: Config, attempts: int = ATTEMPTS) -> RemoteRun | None:
     """The run behind `run.storage`; None where that is a folder."""
     url = run_url(config)
-    return RemoteRun(url, run_folder(config)) if url else None
+    return RemoteRun(url, run_folder(config), attempts) if url else None
 
 
 def fetch_checkpoint(url: str, which: str = "newest") -> Path:
