@@ -1,10 +1,13 @@
-"""What a trial costs beyond its training, against the plain loop; and whether a long sweep grows.
+"""What a trial costs beyond its training, against the plain loop; whether a long sweep grows; what ASHA would save.
 
     python benchmarks/sweep.py overhead DATA [--quick]   # trials with one worker, 1 and 2 at a time, and with two
     python benchmarks/sweep.py growth DATA [--quick]     # many trials: memory and open files of their processes
+    python benchmarks/sweep.py replay GRID [--quick]     # ASHA over a finished sweep that stopped nothing
 
 The overhead of a trial is the time from its proposal (made when a slot is free) to its end, less the seconds that the
 plain loop takes for the same run in a warm process. The first trial of each slot pays for imports and is left out.
+A trial has the same values whether it is stopped or not, so the rows of a whole grid say what ASHA would have made of
+it: the sweep's own scheduler is asked about each row, one trial at a time, with the trials in many random orders.
 The last line of output is one JSON object.
 """
 
@@ -13,18 +16,26 @@ import contextlib
 import io
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import yaml
 
+from vaegan_dist.cluster.sweep_schedulers import CLOCK, SCORE, make_scheduler
+from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
+from vaegan_dist.sweeps.ledger import HEAD, Ledger, Trial
+from vaegan_dist.sweeps.plan import Plan, make_plan
+from vaegan_dist.sweeps.settings import SweepSettings
 from vaegan_dist.training.loop import train
 from vaegan_dist.training.runtime import SingleProcess
 
@@ -110,15 +121,71 @@ def growth(data: str, trials: int) -> dict[str, float]:
     return {"trials_ended": sum(event["event"] == "ended" for event in events)}
 
 
+def replay(folder: Path, orders: int) -> dict[str, float]:
+    """Print images and winners of ASHA over a finished grid by first rung and factor; the medians."""
+    head = yaml.safe_load((folder / HEAD).read_text())
+    settings = SweepSettings.model_validate({**head["sweep"], "scheduler": "asha"})
+    plan = make_plan(settings, Config.model_validate(head["config"]), Ledger(folder))
+    whole = [trial for trial in plan.ledger.trials.values() if trial.state == "done"]
+    best = min(_final(plan, trial) for trial in whole)
+    rng, found = random.Random(0), dict[str, float]()
+    shuffles = [rng.sample(whole, len(whole)) for _ in range(orders)]
+    for part in (12, 6, 4):
+        for factor in (2, 3, 5):
+            changes = {"grace_images": plan.config.total_images // part, "reduction_factor": factor}
+            asked = replace(plan, settings=settings.model_copy(update=changes))
+            ends = [_asha(asked, order) for order in shuffles]
+            shares, gaps = (sorted(column) for column in zip(*ends, strict=True))
+            gaps = [100 * (gap - best) / abs(best) for gap in gaps]
+            low, middle, high = (shares[int(orders * at)] for at in (0.05, 0.5, 0.95))
+            print(
+                f"first rung 1/{part}, factor {factor}: {middle:.0%} ({low:.0%} to {high:.0%} in 90%), "
+                f"winner behind by {statistics.median(gaps):.1f}% in the median, at most 1% in "
+                f"{sum(gap <= 1 for gap in gaps) / orders:.1%}, {gaps[-1]:.1f}% at the worst",
+                flush=True,
+            )
+            found[f"share_of_images_rung_{part}_factor_{factor}"] = middle
+    return found
+
+
+def _asha(plan: Plan, order: list[Trial]) -> tuple[float, float]:
+    """Share of the grid's images that ASHA spends on trials in this order, and the best score of those it lets end."""
+    ledger = Ledger(Path(tempfile.gettempdir()) / "none")
+    ledger.trials = {number: Trial(number, trial.params) for number, trial in enumerate(order)}
+    scheduler = make_scheduler(replace(plan, ledger=ledger), 1)
+    spent, ended = 0.0, list[float]()
+    for number, trial in enumerate(order):
+        asked: Any = SimpleNamespace(trial_id=str(number), config={"proposal": {"trial": number}})
+        scheduler.on_trial_add(None, asked)
+        for row in trial.rows:
+            result = {CLOCK: row["images_seen"], SCORE: plan.judged.score(row)}
+            if scheduler.on_trial_result(None, asked, result) == "STOP":
+                break
+        else:
+            ended.append(_final(plan, trial))
+        spent += row["images_seen"] or 0
+    return spent / (plan.config.total_images * len(order)), min(ended)
+
+
+def _final(plan: Plan, trial: Trial) -> float:
+    """A trial's last score; the smaller, the better."""
+    return plan.judged.score(trial.rows[-1]) * (1 if plan.judged.modes[0] == "min" else -1)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["overhead", "growth"])
-    parser.add_argument("data", help="prepared data set")
-    parser.add_argument("--trials", type=int, help="trials (default: 8 for overhead, 200 for growth)")
-    parser.add_argument("--quick", action="store_true", help="a few trials: overhead of 3, growth of 20")
+    parser.add_argument("what", choices=["overhead", "growth", "replay"])
+    parser.add_argument("data", help="prepared data set; for replay the folder of a finished sweep")
+    parser.add_argument("--trials", type=int, help="trials (default: 8 for overhead, 200 for growth); orders (1,000)")
+    parser.add_argument("--quick", action="store_true", help="a few: overhead of 3, growth of 20; 20 orders")
     options = parser.parse_args()
-    measure, usual, few = (overhead, 8, 3) if options.what == "overhead" else (growth, 200, 20)
+    ways: dict[str, tuple[Any, int, int]] = {
+        "overhead": (overhead, 8, 3),
+        "growth": (growth, 200, 20),
+        "replay": (lambda folder, orders: replay(Path(folder), orders), 1000, 20),
+    }
+    measure, usual, few = ways[options.what]
     with contextlib.redirect_stderr(io.StringIO()):
         found = measure(options.data, options.trials or (few if options.quick else usual))
     print(json.dumps({name: round(value, 3) for name, value in found.items()}))

@@ -1,12 +1,13 @@
 """The ledger survives a crash at any byte, and a sweep refuses to go on as another one."""
 
+import errno
 from pathlib import Path
 
 import pytest
 import yaml
 
 from vaegan_dist.config_source import load_config
-from vaegan_dist.errors import ConfigError, InputError
+from vaegan_dist.errors import ConfigError, InputError, VaeganError
 from vaegan_dist.sweeps.ledger import FILE, Ledger, open_ledger
 from vaegan_dist.sweeps.settings import SweepSettings
 
@@ -56,6 +57,22 @@ def test_a_line_that_is_none_is_named(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text("\n".join([*lines[:2], "{}", *lines[3:]]) + "\n")
     with pytest.raises(InputError, match=r"trials.jsonl line 3 is not of a ledger"):
         Ledger(tmp_path)
+
+
+def test_a_line_that_cannot_be_written_is_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.create({})
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(VaeganError, match=r"ledger cannot be written: No space left on device; .* free"):
+            ledger.end(0, "done")
+    with pytest.raises(VaeganError, match="No space left"):
+        ledger.end(0, "failed", "what follows from a line that may not stand")
+    assert not ledger.trials[0].ended and (tmp_path / FILE).read_bytes().count(b"\n") == 2
 
 
 def test_only_the_number_of_trials_may_change(tmp_path: Path) -> None:

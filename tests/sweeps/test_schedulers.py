@@ -97,11 +97,21 @@ def test_a_trial_that_has_spent_its_budget_is_not_stopped(tmp_path: Path) -> Non
     assert actions == ["CONTINUE"] * 3
 
 
+@pytest.mark.parametrize(
+    ("scheduler", "images", "first"), [("asha", None, 427), ("asha", 512, 512), ("median", None, 256)]
+)
+def test_asha_judges_first_after_a_sixth_of_the_run(
+    tmp_path: Path, scheduler: str, images: int | None, first: int
+) -> None:
+    plan = plan_of(tmp_path, scheduler=scheduler, grace_images=images)
+    assert plan.config.total_images == 2560 and plan.grace == first
+
+
 def test_a_value_that_is_no_number_is_stopped_by_asha(tmp_path: Path) -> None:
     sweep = Sweep(plan_of(tmp_path, scheduler="asha"))
     for number, value in enumerate((1.0, 2.0, float("nan"))):
         sweep.start(number)
-        action = sweep.tell(number, 256, value)
+        action = sweep.tell(number, 512, value)
     assert action == "STOP"
 
 

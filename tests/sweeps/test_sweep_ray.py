@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,20 +12,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import obstore
 import psutil
 import pytest
 import yaml
 
+from tests.data.s3_server import Bucket, running_bucket
 from tests.monitoring.servers import free_port
 from tests.training.runs import rows_of, tensors_in
 from vaegan_dist.cli import main
 from vaegan_dist.config_source import load_config
 from vaegan_dist.reporting.prometheus import scrape
-from vaegan_dist.sweeps.ledger import Ledger
+from vaegan_dist.sweeps.ledger import Ledger, Trial, read_ledger
 from vaegan_dist.sweeps.search import Proposals
 from vaegan_dist.sweeps.settings import SweepSettings
 from vaegan_dist.sweeps.space import read_space
-from vaegan_dist.training.checkpoint import open_checkpoint
+from vaegan_dist.training.checkpoint import checkpoints, open_checkpoint
+from vaegan_dist.training.remote import fetch_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 TIMEOUT = 800
@@ -237,6 +241,87 @@ def test_pbt_copies_weights_and_changes_values(environment: dict[str, str], digi
         assert last["lr_decoder"] == pytest.approx(trial.params["optimizer.learning_rate"])
 
 
+@pytest.fixture
+def bucket() -> Iterator[Bucket]:
+    with running_bucket() as made:
+        yield made
+
+
+def remote_ledger(bucket: Bucket, sweep: str) -> list[dict]:  # type: ignore[type-arg]
+    names = sorted(e["path"] for chunk in obstore.list(bucket.store, f"runs/{sweep}/ledger") for e in chunk)
+    return [json.loads(bytes(obstore.get(bucket.store, name).bytes())) for name in names]
+
+
+@pytest.mark.chaos
+def test_pbt_copies_weights_by_way_of_a_store(
+    bucket: Bucket, environment: dict[str, str], digits: Path, tmp_path: Path
+) -> None:
+    """No folder is shared: ledger, trials, Tune's copies and results are in the store."""
+    environment |= {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    space = sweep_file(tmp_path, trials=2, scheduler="pbt", quantile=0.5)
+    short = [QUICK[0].replace("1024", "2048"), "reporting.curves=false", "run.storage=s3://shards/runs"]
+    command = arguments(space, digits, Path("unused"), "--name", "pbt", *short)
+    driver = start({**environment, "VAEGAN_CACHE": str(tmp_path / "machine")}, command)
+    said, _ = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0, said
+    events = remote_ledger(bucket, "pbt")
+    changes = [event for event in events if event["event"] == "changed"]
+    assert changes and sorted(e["trial"] for e in events if e["event"] == "ended") == [0, 1], said
+    for trial in (0, 1):
+        last = fetch_checkpoint(f"s3://shards/runs/pbt/trials/{trial:04d}")
+        params = [e["params"] for e in events if e.get("trial") == trial and "params" in e][-1]
+        assert last.name == "checkpoint-000000002048"
+        assert open_checkpoint(last).config.objective.beta == params["objective.beta"]
+    assert fetch_checkpoint("s3://shards/runs/pbt/best").name == "checkpoint-000000002048"
+    assert not any(obstore.list(bucket.store, "runs/pbt/ray")), "Tune's copies are gone"
+
+
+def measured(trials: dict[int, Trial]) -> list[object]:
+    return [(t.params, t.state, [(row["images_seen"], row["loss_rec"]) for row in t.rows]) for t in trials.values()]
+
+
+@pytest.mark.chaos
+def test_a_sweep_in_a_store_goes_on_on_another_machine(
+    bucket: Bucket, environment: dict[str, str], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trial and driver killed and everything on the machine removed, against the same sweep in a folder."""
+    monkeypatch.setenv("VAEGAN_CACHE", str(tmp_path / "machine"))
+    environment |= {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "VAEGAN_CACHE"))}
+    space = sweep_file(tmp_path, trials=5, scheduler="asha", concurrent=1)
+    calm = start(environment, arguments(space, digits, tmp_path, "--name", "calm"))
+    said, _ = calm.communicate(timeout=TIMEOUT)
+    assert calm.returncode == 0, said
+    command = arguments(space, digits, Path("unused"), "--name", "moved", "run.storage=s3://shards/runs")
+
+    def wait_until(event: str, count: int) -> None:
+        deadline = time.monotonic() + TIMEOUT
+        while sum(row["event"] == event for row in remote_ledger(bucket, "moved")) < count:
+            assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[0]
+            time.sleep(0.1)
+
+    for event, count in (("row", 1), ("ended", 2)):
+        driver = start(environment, command)
+        try:
+            wait_until(event, count)
+            trial_processes(environment)[0].kill()
+            wait_until("row", count + 2)
+        finally:
+            driver.kill()
+            driver.communicate(timeout=TIMEOUT)
+        shutil.rmtree(tmp_path / "machine")
+    driver = start(environment, command)
+    said, _ = driver.communicate(timeout=TIMEOUT)
+    assert driver.returncode == 0 and "Traceback" not in said, said
+    shutil.rmtree(tmp_path / "machine")
+
+    moved = read_ledger(load_config("smoke", overrides=["run.storage=s3://shards/runs", "run.name=moved"])).trials
+    assert measured(moved) == measured(Ledger(tmp_path / "calm").trials)
+    ended = [event["trial"] for event in remote_ledger(bucket, "moved") if event["event"] == "ended"]
+    assert sorted(ended) == [0, 1, 2, 3, 4], "a trial was lost, or ended twice"
+    best = fetch_checkpoint("s3://shards/runs/moved/best")
+    assert tensors_in(best) == tensors_in(checkpoints(tmp_path / "calm" / "best")[0])
+
+
 @pytest.mark.chaos
 def test_a_signal_ends_in_checkpoints_and_the_sweep_goes_on(
     environment: dict[str, str], digits: Path, tmp_path: Path
@@ -266,7 +351,6 @@ def test_a_signal_ends_in_checkpoints_and_the_sweep_goes_on(
         ({"metric": "fidd"}, [], "error: metric=fidd: no record of this run would hold it (did you mean 'fid'?)"),
         ({"space": {"objective.beta": {"uniform": [-1, 1]}}}, [], "error: space: objective.beta=-1: input should be"),
         ({"concurrent": 99}, ["--dry-run"], "error: concurrent=99: the cluster has"),
-        ({}, ["run.storage=s3://bucket/runs"], "error: run.storage=s3://bucket/runs: a sweep keeps its ledger"),
         ({"scheduler": "asha", "interval_images": 9000}, [], "error: scheduler=asha: its first look at a trial"),
     ],
 )

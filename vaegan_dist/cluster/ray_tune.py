@@ -37,9 +37,11 @@ from vaegan_dist.cluster.sweep_hub import Progress, start_sweep_hub
 from vaegan_dist.cluster.sweep_schedulers import make_scheduler, number_of
 from vaegan_dist.cluster.sweep_trial import Shared, run_trial
 from vaegan_dist.config import Config
+from vaegan_dist.data.arrow import arrow_filesystem
 from vaegan_dist.errors import ConfigError, VaeganError
 from vaegan_dist.sweeps.ledger import Trial
 from vaegan_dist.sweeps.plan import Plan
+from vaegan_dist.training.remote import remote_run
 
 OnProgress = Callable[[Progress], None]
 Ending = Literal["done", "stopped"]
@@ -63,17 +65,40 @@ def run_sweep(plan: Plan, on_progress: OnProgress, address: str = "auto", worker
     connect(plan.config, address, worker_logs)
     concurrent = min(concurrency(plan), plan.left)
     hub = start_sweep_hub()
-    bookkeeping = plan.folder / BOOKKEEPING
-    shutil.rmtree(bookkeeping, ignore_errors=True)
+    _clear_bookkeeping(plan)
     if plan.settings.scheduler in TOGETHER:
         plan.propose_all()
     book = _Book(plan)
-    with stop_signals(lambda: _stop(book, hub)), _followed(hub, book, on_progress), _quiet():
-        _tuner(plan, hub, book, concurrent).fit()
-    shutil.rmtree(bookkeeping, ignore_errors=True)
+    try:
+        with stop_signals(lambda: _stop(book, hub)), _followed(hub, book, on_progress), _quiet():
+            _tuner(plan, hub, book, concurrent).fit()
+    except Exception:
+        if plan.ledger.trouble is None:
+            raise
+    if plan.ledger.trouble is not None:
+        # Tune wraps it into an error of its own, or only logs it.
+        raise plan.ledger.trouble
+    _clear_bookkeeping(plan)
     if plan.left and not book.stopping:
         raise VaeganError(f"Ray Tune ended with {plan.left} trials left; run the same command again to continue")
     return "stopped" if plan.left else "done"
+
+
+def _clear_bookkeeping(plan: Plan) -> None:
+    """Remove what Tune left, of this start or of an earlier one."""
+    shutil.rmtree(plan.folder / BOOKKEEPING, ignore_errors=True)
+    remote = remote_run(plan.config)
+    if remote is not None:
+        remote.objects.delete(remote.objects.sizes(BOOKKEEPING))
+
+
+def _storage(plan: Plan) -> dict[str, Any]:
+    """Where Tune keeps its own files: on the driver, but for the checkpoints of pbt, which every node must reach."""
+    remote = remote_run(plan.config)
+    if remote is None or plan.settings.scheduler != "pbt":
+        return {"storage_path": str(plan.folder / BOOKKEEPING)}
+    filesystem, path = arrow_filesystem(f"{remote.url}/{BOOKKEEPING}")
+    return {"storage_path": path, "storage_filesystem": filesystem}
 
 
 def _stop(book: "_Book", hub: Any) -> None:
@@ -158,7 +183,7 @@ def _tuner(plan: Plan, hub: Any, book: "_Book", concurrent: int) -> tune.Tuner:
         ),
         run_config=tune.RunConfig(
             name=shared.session[:12],
-            storage_path=str(plan.folder / BOOKKEEPING),
+            **_storage(plan),
             failure_config=tune.FailureConfig(max_failures=plan.config.cluster.max_failures),
             checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT_FOR_COPIES),
             callbacks=[book.callback],
@@ -202,7 +227,7 @@ class _Book(Searcher):  # type: ignore[misc]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; FINISHED when there is none, or somebody asked to stop."""
-        if self.stopping:
+        if self.stopping or self.plan.ledger.trouble is not None:
             return str(Searcher.FINISHED)
         trial = self.waiting.popleft() if self.waiting else self.plan.proposals.next()
         return {"proposal": _proposal(trial)} if trial is not None else str(Searcher.FINISHED)

@@ -143,7 +143,7 @@ def make_scheduler(sweep: Plan, concurrent: int) -> TrialScheduler:
     settings, judged = sweep.settings, sweep.judged
     total, mode = sweep.config.total_images, judged.modes[0]
     common = {"time_attr": CLOCK, "metric": SCORE, "mode": mode}
-    grace = settings.grace_images or judged.interval
+    grace = sweep.grace
     makers: dict[str, Callable[[], TrialScheduler]] = {
         "none": FIFOScheduler,
         # Past the budget a trial ends by itself, so that it ends as done and not as stopped.

@@ -28,12 +28,14 @@ from vaegan_dist.config_source import validate
 from vaegan_dist.errors import ConfigError, VaeganError
 from vaegan_dist.reporting.records import Record, integer, number
 from vaegan_dist.reporting.snapshot import RankSnapshot
+from vaegan_dist.sweeps.journal import PATIENCE
 from vaegan_dist.sweeps.ledger import Row
 from vaegan_dist.sweeps.trial import Judged, Reporter, trial_config
 from vaegan_dist.training.checkpoint import newest_whole, open_checkpoint
 from vaegan_dist.training.finished import outcome_of_finished
 from vaegan_dist.training.graft import graft
 from vaegan_dist.training.loop import Outcome, train
+from vaegan_dist.training.remote import RemoteRun, remote_run
 from vaegan_dist.training.resume import refuse_changes, run_folder
 
 POLL_SECONDS = 0.2
@@ -100,13 +102,14 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
     ending = _Ending(shared.judged)
     try:
         settled = trial_config(validate(shared.config), shared.folder, trial, proposal["params"], shared.judged)
-        reporter = Reporter(settled, shared.judged, _sender(shared), shared.session, proposal["known"])
+        remote = _arrive(settled)
+        reporter = Reporter(settled, shared.judged, _sender(shared, remote), shared.session, proposal["known"])
         ending.reporter = reporter
         if ray.get(shared.hub.stop_requested.remote()):
             ending.state = "stopped"  # it was paused, or waited, when somebody asked to stop
         else:
             if shared.checkpoints:
-                _take_over(settled, reporter)
+                _take_over(settled, reporter, remote)
             outcome = _train(settled, shared, trial, reporter)
             ending.state = "stopped" if outcome.reason == "stopped" else "done"
     except VaeganError as error:
@@ -118,6 +121,16 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
     finally:
         _release()
     tune.report(ending.result())
+
+
+def _arrive(config: Config) -> RemoteRun | None:
+    """A trial in a store may come from another machine: take it over, and put the copy here in the store's state."""
+    remote = remote_run(config, PATIENCE)
+    if remote is not None:
+        remote.take_over()
+        for complaint in remote.pull():
+            print(f"warning: trial {config.run.name}: {complaint}", file=sys.stderr, flush=True)
+    return remote
 
 
 def _release() -> None:
@@ -146,8 +159,14 @@ class _Ending:
 
     def keep_traceback(self, shared: Shared, trial: int) -> None:
         """For whoever looks for the cause."""
-        folder = self.reporter.folder if self.reporter is not None else shared.folder
-        (folder / f"error-{trial}.txt").write_text(traceback.format_exc())
+        path = (self.reporter.folder if self.reporter is not None else shared.folder) / f"error-{trial}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
+        if self.reporter is not None and self.reporter.remote is not None:
+            try:
+                self.reporter.remote.objects.upload(path.name, path)
+            except VaeganError as error:
+                self.message += f"; {error}"
 
 
 def place_of(row: Row, judged: Judged) -> dict[str, Any]:
@@ -156,23 +175,27 @@ def place_of(row: Row, judged: Judged) -> dict[str, Any]:
     return {"images_seen": images_seen, "intervals": images_seen / judged.interval}
 
 
-def _sender(shared: Shared) -> Callable[[Row, Path | None], None]:
+def _sender(shared: Shared, remote: RemoteRun | None) -> Callable[[Row, Path | None], None]:
     def send(row: Row, checkpoint: Path | None) -> None:
         result = {**place_of(row, shared.judged), "value": shared.judged.score(row), "row": row}
-        handed = tune.Checkpoint.from_directory(checkpoint) if shared.checkpoints and checkpoint else None
+        handed = tune.Checkpoint.from_directory(here(checkpoint)) if shared.checkpoints and checkpoint else None
         tune.report(result, checkpoint=handed)
+
+    def here(checkpoint: Path) -> Path:
+        # A worker of a group may have written it on another machine.
+        return remote.fetch(checkpoint.name) if remote is not None else checkpoint
 
     return send
 
 
-def _take_over(config: Config, reporter: Reporter) -> None:
+def _take_over(config: Config, reporter: Reporter, remote: RemoteRun | None) -> None:
     """Population-based training: go on from what Tune hands over, or with other values than before."""
     handed = tune.get_checkpoint()
     own, _ = newest_whole(run_folder(config))
     if handed is not None:
         with handed.as_directory() as path:
             if open_checkpoint(Path(path)).config != config:
-                reporter.restart(graft(Path(path), config).progress.images_seen)
+                reporter.restart(_graft(Path(path), config, remote))
         return  # its own checkpoint: the trial was paused, and its folder is as new
     if own is None:
         return
@@ -180,7 +203,15 @@ def _take_over(config: Config, reporter: Reporter) -> None:
         refuse_changes(config, own)
     except ConfigError:
         # The values were exchanged, and the sweep was killed before the weights were.
-        graft(own.path, config)
+        _graft(own.path, config, remote)
+
+
+def _graft(source: Path, config: Config, remote: RemoteRun | None) -> int:
+    """Put a checkpoint into the trial's folder, and into the store behind it; its image count."""
+    found = graft(source, config)
+    if remote is not None:
+        remote.replace(found.path)
+    return found.progress.images_seen
 
 
 def _train(config: Config, shared: Shared, trial: int, reporter: Reporter) -> Outcome:

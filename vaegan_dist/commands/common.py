@@ -3,7 +3,7 @@
 import argparse
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TypeAlias
 
@@ -12,8 +12,10 @@ from rich.progress import Progress as RichProgress
 
 from vaegan_dist.config_source import preset_names
 from vaegan_dist.data.urls import is_remote
-from vaegan_dist.errors import ConfigError
+from vaegan_dist.errors import ConfigError, InputError
+from vaegan_dist.files import write_whole
 
+CONFIG_BYTES = 2**20
 PLAIN_SECONDS = 10.0
 
 
@@ -41,13 +43,45 @@ SHORT_FORMS = {"name": "run.name", "storage": "run.storage", "data": "data.path"
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """What a run is made from and where it is carried out."""
     parser.add_argument("--preset", help=f"start from a preset: {', '.join(preset_names())}")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset")
+    add_config_option(parser)
     parser.add_argument(
         "--address", default="auto", help="Ray cluster: auto (default), local (start one here), or an address"
     )
     parser.add_argument("--worker-logs", action="store_true", help="also show what Ray's workers print")
     for name, key in SHORT_FORMS.items():
         parser.add_argument(f"--{name}", help=f"short for {key}")
+
+
+def add_config_option(parser: argparse.ArgumentParser) -> None:
+    """Files of a configuration; those behind a URL are fetched when the configuration is read."""
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset; a URL will do"
+    )
+
+
+def config_files(given: Sequence[str]) -> list[str]:
+    """Files of a configuration on this machine.
+
+    Raises:
+        InputError: one behind a URL is not there, or no access.
+    """
+    return [_fetched(file) if is_remote(file) else file for file in given]
+
+
+def _fetched(url: str) -> str:
+    """A copy of a small file behind a URL."""
+    from vaegan_dist.data.cache import cache_folder, content_key
+    from vaegan_dist.data.transfer import Transfer
+
+    folder, _, name = url.rpartition("/")
+    content, cache = Transfer(folder).small(name, CONFIG_BYTES), cache_folder("configs")
+    if content is None:
+        raise InputError(f"--config {url}: is not there (404); check the URL")
+    if cache is None:
+        raise InputError(f"--config {url}: no folder for a copy can be made here; set VAEGAN_CACHE to one")
+    path = cache / f"{content_key(url)}.yaml"
+    write_whole(path, content)
+    return str(path)
 
 
 def short_forms(options: argparse.Namespace, more: Mapping[str, str] = MappingProxyType({})) -> list[str]:

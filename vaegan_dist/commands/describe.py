@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaegan_dist.commands.common import Subparsers
+from vaegan_dist.commands.common import Subparsers, add_config_option, config_files
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config, preset_names
 from vaegan_dist.errors import ConfigError, InputError
@@ -38,7 +38,7 @@ def add_describe(subparsers: Subparsers) -> None:
         "made for. Takes configuration keys as `train` does.",
     )
     parser.add_argument("--preset", help=f"start from a preset: {', '.join(preset_names())}")
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML laid over the preset")
+    add_config_option(parser)
     parser.add_argument("--image", metavar="WxHxC", help="size of the pictures, for example 64x64x3")
     parser.add_argument("--data", help="short for data.path")
     parser.set_defaults(run=describe_command, takes_overrides=True)
@@ -49,7 +49,7 @@ def describe_command(options: argparse.Namespace, overrides: Sequence[str]) -> i
     from vaegan_dist.training.describe import describe_model
 
     data = [f"data.path={options.data}"] if options.data else []
-    config = load_config(options.preset, options.config, [*data, *overrides])
+    config = load_config(options.preset, config_files(options.config), [*data, *overrides])
     image = _image(config, options.image, asked_for_data=bool(options.data))
     print(model_text(describe_model(config, image)))
     return 0

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaegan_dist.commands.common import Subparsers, add_run_options, short_forms
+from vaegan_dist.commands.common import Subparsers, add_run_options, config_files, short_forms
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
 from vaegan_dist.errors import STOPPED, ConfigError, VaeganError
@@ -74,12 +74,13 @@ def _read(options: argparse.Namespace, overrides: Sequence[str]) -> tuple[SweepS
     settings = read_settings(Path(options.space), own)
     others = [item for item in overrides if not item.startswith(PREFIX)]
     name = f"run.name={Path(options.space).stem}"
-    return settings, load_config(options.preset, options.config, [name, *short_forms(options), *others])
+    return settings, load_config(options.preset, config_files(options.config), [name, *short_forms(options), *others])
 
 
 def _run(plan: "Plan", options: argparse.Namespace) -> int:
     from vaegan_dist.cluster.ray_tune import run_sweep
     from vaegan_dist.reporting.sweep_metrics import SweepExporter
+    from vaegan_dist.sweeps.remote import gather, publish
     from vaegan_dist.sweeps.report import write_report
     from vaegan_dist.sweeps.result import write_result
     from vaegan_dist.sweeps.standing import Standing, identity_of
@@ -93,10 +94,12 @@ def _run(plan: "Plan", options: argparse.Namespace) -> int:
             view.say(f"metrics at http://{exporter.address}/metrics")
         with closing(view):
             ending = run_sweep(plan, view.update, options.address, options.worker_logs)
+        gather(plan)
         best = write_result(plan)
-        report = write_report(plan)
+        write_report(plan)
+        publish(plan)
         head: Ending = "already done" if finished else ending
-        print(_summary(plan, head, best, report, time.monotonic() - began))
+        print(_summary(plan, head, best, time.monotonic() - began))
         if ending == "done" and best is None:
             first = next(trial for trial in plan.ledger.trials.values())
             why = first.message or f"no finite {plan.judged.metrics[0]}"
@@ -119,7 +122,7 @@ def _dry_run(plan: "Plan", options: argparse.Namespace) -> str:
     ended = plan.proposals.total - plan.left
     way = "in one process that later trials use again" if workers == 1 else f"on {workers} workers of its own"
     rows = [
-        ("sweep", f"{config.run.name}, in {plan.folder}"),
+        ("sweep", f"{config.run.name}, in {plan.place}"),
         (
             "metric",
             f"{', '.join(f'{m} ({d})' for m, d in zip(judged.metrics, judged.modes, strict=True))}, "
@@ -155,7 +158,8 @@ def _hours(hours: float) -> str:
     return f"{hours:.1f} hours" if hours >= 1 else f"{max(60 * hours, 0.1):.1f} minutes"
 
 
-def _summary(plan: "Plan", ending: str, best: "Trial | None", report: Path, seconds: float) -> str:
+def _summary(plan: "Plan", ending: str, best: "Trial | None", seconds: float) -> str:
+    from vaegan_dist.sweeps.report import FILE
     from vaegan_dist.sweeps.result import images_spent
     from vaegan_dist.sweeps.table import params_text
 
@@ -170,6 +174,9 @@ def _summary(plan: "Plan", ending: str, best: "Trial | None", report: Path, seco
     if best is not None:
         values = ", ".join(f"{metric} {short(best.last(metric) or 0.0)}" for metric in plan.judged.metrics)
         lines += [f"  best       trial {best.name}: {values}  ({params_text(best.params)})"]
-        lines += [f"  again      vaegan-dist train --config {plan.folder / 'best' / 'config.yaml'}"]
-    rows = [("report", report), ("table", plan.folder / "sweep.csv"), ("trials", plan.folder / "trials")]
-    return "\n".join([*lines, *(f"  {name:10} {path}" for name, path in rows)])
+        lines += [f"  again      vaegan-dist train --config {plan.place}/best/config.yaml"]
+    rows = [("report", FILE), ("table", "sweep.csv"), ("trials", "trials")]
+    lines += [f"  {name:10} {plan.place}/{path}" for name, path in rows]
+    if plan.place != str(plan.folder):
+        lines.append(f"  copies     {plan.folder}")
+    return "\n".join(lines)

@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vaegan_dist.commands.common import Subparsers, add_run_options, short_forms
+from vaegan_dist.commands.common import Subparsers, add_run_options, config_files, short_forms
 from vaegan_dist.commands.describe import model_text
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml, load_config, reference
@@ -51,7 +51,7 @@ def train_command(options: argparse.Namespace, overrides: Sequence[str]) -> int:
     from vaegan_dist.training.failure import Aftermath
     from vaegan_dist.training.remote import refuse_standing
 
-    config = load_config(options.preset, options.config, [*short_forms(options, SHORT), *overrides])
+    config = load_config(options.preset, config_files(options.config), [*short_forms(options, SHORT), *overrides])
     if options.runtime == "ray":
         # Ray takes seconds to import; only the commands that use it pay for that.
         from vaegan_dist.cluster.ray_train import train_on_ray, with_absolute_paths

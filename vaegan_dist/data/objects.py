@@ -1,11 +1,17 @@
 """A folder of an object store that is written as well as read: for runs whose storage is a URL."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import obstore
+from obstore.exceptions import AlreadyExistsError, GenericError
 
 from vaegan_dist.data.transfer import Transfer
+from vaegan_dist.errors import DataError
+
+READERS = 16
+OWN_BYTES = 256 * 2**20
 
 
 class Objects(Transfer):
@@ -24,6 +30,38 @@ class Objects(Transfer):
     def write(self, name: str, content: bytes) -> None:
         """Put a few bytes under a name."""
         self._persist(name, lambda _: obstore.put(self._store, name, content), lambda: 0, WRITTEN)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Put a few bytes under a name that nothing has yet; False where something else has it.
+
+        Of two processes that create a name one succeeds. A success whose answer was lost is known by its content, so
+        the content must be this process's alone where that matters.
+        """
+
+        def step(_: bool) -> bool:
+            try:
+                obstore.put(self._store, name, content, mode="create")
+            except AlreadyExistsError:
+                found = self.small(name, OWN_BYTES)
+                if found is None:  # the other request that this one met has failed since
+                    raise GenericError("met another request") from None
+                return found == content
+            return True
+
+        created: bool = self._persist(name, step, lambda: 0, WRITTEN)
+        return created
+
+    def many(self, names: Sequence[str], limit: int) -> list[bytes]:
+        """Bytes of many small files, fetched side by side. Raises DataError where one is gone, and as `small` does."""
+
+        def read(name: str) -> bytes:
+            content = self.small(name, limit)
+            if content is None:
+                raise DataError(f"{self.url}/{name}: is gone since the store listed it; run the same command again")
+            return content
+
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(read, names))
 
     def sizes(self, prefix: str = "") -> dict[str, int]:
         """Bytes of every object below a folder, by name."""

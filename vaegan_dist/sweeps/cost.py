@@ -44,7 +44,7 @@ def _share(plan: Plan) -> float:
     if plan.settings.scheduler not in ("asha", "hyperband"):
         return 1.0
     total, factor = plan.config.total_images, plan.settings.reduction_factor
-    grace = plan.settings.grace_images or plan.judged.interval
+    grace = plan.grace
     rungs = max(int(math.log(total / grace) / math.log(factor)) + 1, 1) if grace < total else 1
     spent, reached = 0.0, 0.0
     for rung in range(rungs):

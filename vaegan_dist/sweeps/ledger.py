@@ -1,27 +1,28 @@
 """The ledger of a sweep: what was proposed, measured and ended, a line for each, synced before anything follows of it.
 
 It alone decides what a sweep that was killed goes on with: trials that ended stay ended, begun ones keep their number,
-values and folder. A line that a crash cut short was never acted upon and is dropped.
+values and folder.
 """
 
 import json
 import math
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml
-from vaegan_dist.errors import ConfigError, InputError
+from vaegan_dist.errors import ConfigError, InputError, VaeganError
 from vaegan_dist.files import write_whole
+from vaegan_dist.sweeps.journal import FILE, OPENED, FileJournal, Journal, journal_of
 from vaegan_dist.sweeps.settings import MAY_CHANGE, SweepSettings
+from vaegan_dist.training.remote import SMALL_BYTES, RemoteRun, remote_run
 from vaegan_dist.training.resume import MAY_CHANGE as RUN_MAY_CHANGE
-from vaegan_dist.training.resume import differences
+from vaegan_dist.training.resume import differences, run_folder
+from vaegan_dist.training.storage import storage_trouble
 
-FILE = "trials.jsonl"
 HEAD = "sweep.yaml"
 
 # running: begun, or about to be; done: spent its budget; early: the scheduler stopped it; failed: it crashed for good
@@ -79,36 +80,47 @@ def trial_name(number: int) -> str:
 
 
 class Ledger:
-    """Trials by number, and the file that keeps them. One process writes it."""
+    """Trials by number, and the journal that keeps them. One process writes it.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: of the sweep.
+        journal: its lines (default: a file of the folder).
+
+    Raises:
+        InputError: a line is none of a ledger; names it.
+    """
+
+    def __init__(self, folder: Path, journal: Journal | None = None) -> None:
         self.folder = folder
         self.trials: dict[int, Trial] = {}
-        self._file: IO[bytes] | None = None
-        self._read()
+        self.trouble: VaeganError | None = None
+        """why a line could not be written; nothing is written any more then, and so nothing may happen any more"""
+        self.journal = journal or FileJournal(folder / FILE)
+        self._count = 0
+        self._take(self.journal.read())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the file: Tune pickles what it is given, for a restore that a sweep never asks of it."""
-        return {**self.__dict__, "_file": None}
+        """Without the journal: Tune pickles what it is given, for a restore that a sweep never asks of it."""
+        return {key: value for key, value in self.__dict__.items() if key != "journal"}
 
-    def _read(self) -> None:
-        path = self.folder / FILE
-        if not path.exists():
-            return
-        lines = path.read_bytes().split(b"\n")
-        for number, line in enumerate(lines[:-1], 1):
+    def begin(self) -> None:
+        """Write from now on."""
+        self._take(self.journal.begin())
+
+    def _take(self, lines: Sequence[bytes]) -> None:
+        for number, line in enumerate(lines, self._count):
             try:
                 self._apply(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(
-                    f"{path} line {number} is not of a ledger ({type(error).__name__}: {error}); restore the file, or "
+                    f"{self.journal.name(number)} is not of a ledger ({type(error).__name__}: {error}); restore it, or "
                     f"choose another --name"
                 ) from None
-        if lines[-1]:
-            with path.open("r+b") as file:
-                file.truncate(path.stat().st_size - len(lines[-1]))
+        self._count += len(lines)
 
     def _apply(self, event: dict[str, Any]) -> None:
+        if event["event"] == OPENED:
+            return
         number = event["trial"]
         if event["event"] == "created":
             self.trials[number] = Trial(number, event["params"])
@@ -133,13 +145,18 @@ class Ledger:
                 trial.seconds = event["seconds"]
 
     def _write(self, event: dict[str, Any]) -> None:
-        """Append, sync, and only then know."""
-        if self._file is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self.folder / FILE).open("ab")
-        self._file.write(json.dumps({**event, "time": round(time.time(), 3)}, allow_nan=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Append, and only then know."""
+        if self.trouble is not None:
+            raise self.trouble
+        try:
+            self.journal.append(json.dumps({**event, "time": round(time.time(), 3)}, allow_nan=False).encode())
+        except VaeganError as error:
+            self.trouble = error
+            raise
+        except OSError as error:
+            cause = storage_trouble(error, self.folder) or str(error)
+            self.trouble = VaeganError(f"{self.folder}: the sweep's ledger cannot be written: {cause}")
+            raise self.trouble from None
         self._apply(event)
 
     def create(self, params: dict[str, Any]) -> Trial:
@@ -164,38 +181,54 @@ class Ledger:
         self._write(event)
 
     def close(self) -> None:
-        """Let go of the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Let go of the journal's files."""
+        self.journal.close()
+
+
+def read_ledger(config: Config) -> Ledger:
+    """The ledger of a sweep, as it is now, to look at."""
+    folder = run_folder(config)
+    return Ledger(folder, journal_of(folder, remote_run(config)))
 
 
 def open_ledger(folder: Path, settings: SweepSettings, config: Config) -> Ledger:
-    """The ledger of a sweep, new or continued.
+    """The ledger of a sweep, new or continued, to write.
 
     Raises:
         ConfigError: the sweep was begun with other settings or another configuration; names the first difference.
+        InputError, DataError: `run.storage` is a store that does not do what a ledger needs, or does not answer.
     """
-    head = folder / HEAD
+    import yaml
+
+    remote = remote_run(config)
     said = {"sweep": settings.model_dump(mode="json"), "config": config.model_dump(mode="json")}
-    if head.exists():
-        _refuse_changes(head, said)
-    import yaml
+    head = yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100).encode()
+    before = _head_of(folder, remote)
+    if before is None and remote is not None and not remote.objects.create(HEAD, head):
+        before = _head_of(folder, remote)  # another command has just begun it
+    if before is not None:
+        _refuse_changes(remote.url if remote else str(folder), yaml.safe_load(before), said)
+    ledger = Ledger(folder, journal_of(folder, remote))
+    ledger.begin()
+    for name, content in ((HEAD, head), ("config.yaml", dump_yaml(config).encode())):
+        write_whole(folder / name, content)
+        if remote is not None:
+            remote.objects.write(name, content)
+    return ledger
 
-    write_whole(head, yaml.safe_dump(said, sort_keys=False, allow_unicode=True, width=100).encode())
-    write_whole(folder / "config.yaml", dump_yaml(config).encode())
-    return Ledger(folder)
+
+def _head_of(folder: Path, remote: RemoteRun | None) -> bytes | None:
+    if remote is not None:
+        return remote.objects.small(HEAD, SMALL_BYTES)
+    return (folder / HEAD).read_bytes() if (folder / HEAD).exists() else None
 
 
-def _refuse_changes(head: Path, said: dict[str, Any]) -> None:
-    import yaml
-
-    before = yaml.safe_load(head.read_text())
+def _refuse_changes(place: str, before: dict[str, Any], said: dict[str, Any]) -> None:
     allowed = {"sweep": MAY_CHANGE, "config": RUN_MAY_CHANGE}
     for part, may in allowed.items():
         for key, was, now in differences(before[part], said[part]):
             if not any(key == name or key.startswith(name + ".") for name in may):
                 raise ConfigError(
-                    f"{key}={now}: the sweep in {head.parent} was begun with {was}; restore it, or choose another "
+                    f"{key}={now}: the sweep in {place} was begun with {was}; restore it, or choose another "
                     f"--name for a new sweep"
                 )

@@ -64,7 +64,7 @@ def render(plan: Plan) -> str:
         columns=_columns(plan),
         rows=[_row(plan, trial) for trial in _sorted(plan)],
         settings=yaml.safe_dump(plan.settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        command=f"vaegan-dist train --config {plan.folder / 'best' / 'config.yaml'}" if best else "",
+        command=f"vaegan-dist train --config {plan.place}/best/config.yaml" if best else "",
     )
 
 

@@ -12,7 +12,7 @@ from vaegan_dist.config_source import parse_override, parse_yaml
 from vaegan_dist.errors import ConfigError
 
 Mode = Literal["min", "max"]
-# The journal carries these; a sweep that has begun may change them and nothing else.
+# The ledger carries these; a sweep that has begun may change them and nothing else.
 MAY_CHANGE = ("trials", "concurrent", "autoscaling")
 PREFIX = "sweep."
 
@@ -39,7 +39,7 @@ class SweepSettings(Section):
     """images between two values of the metric, and between two checkpoints (default: evaluation.images for a metric
     of the evaluations, else reporting.log_images)"""
     grace_images: Positive | None = None
-    """asha, median: images that every trial may spend (default: one interval)"""
+    """asha, median: images that every trial may spend (default: a sixth of the run; median: one interval)"""
     reduction_factor: Annotated[float, Field(gt=1)] = 3.0
     """asha, hyperband: of so many trials one goes on at each rung"""
     perturb_images: Positive | None = None

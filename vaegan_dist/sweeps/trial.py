@@ -12,11 +12,13 @@ from vaegan_dist.config_source import with_changes
 from vaegan_dist.files import write_whole
 from vaegan_dist.reporting.records import Record, integer, measurements, number, text
 from vaegan_dist.reporting.sinks import read_history
+from vaegan_dist.sweeps.journal import PATIENCE
 from vaegan_dist.sweeps.ledger import Row, trial_name
 from vaegan_dist.training.checkpoint import newest_whole
+from vaegan_dist.training.remote import SMALL_BYTES, remote_run, run_url
 from vaegan_dist.training.resume import run_folder
 
-REPORTED = "reported.json"
+REPORTED = ".reported.json"
 TRIALS = "trials"
 WORST = 1e30
 
@@ -58,9 +60,10 @@ def trial_config(config: Config, folder: Path, number: int, params: dict[str, An
     Raises:
         ConfigError: the values do not go together.
     """
+    url = run_url(config)
     own = {
         "run.name": trial_name(number),
-        "run.storage": str(folder / TRIALS),
+        "run.storage": f"{url}/{TRIALS}" if url else str(folder / TRIALS),
         "checkpoint.images": judged.interval,
         ("evaluation.images" if judged.event == "evaluation" else "reporting.log_images"): judged.interval,
         # One server of metrics for each of many small runs would be a crowd of ports.
@@ -90,17 +93,24 @@ class Reporter:
     waiting: list[Row] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.folder = run_folder(self.config)
+        self.folder, self.remote = run_folder(self.config), remote_run(self.config, PATIENCE)
         self._ends = _phase_ends(self.config)
+        self._last: Row | None = None
         self.sent = self._recall()
 
     def _recall(self) -> int:
         """Image count of the last row that this driver has heard."""
         try:
-            said = json.loads((self.folder / REPORTED).read_text())
+            said = json.loads(self._said())
         except (OSError, ValueError):
             return self.known
         return int(said["images_seen"]) if said.get("session") == self.session else self.known
+
+    def _said(self) -> bytes:
+        # In a store it must not depend on this machine: the trial may go on on another one.
+        if self.remote is not None:
+            return self.remote.objects.small(REPORTED, SMALL_BYTES) or b""
+        return (self.folder / REPORTED).read_bytes()
 
     def restart(self, images_seen: int) -> None:
         """The trial goes on from here, wherever it was: a copy of another one."""
@@ -115,6 +125,7 @@ class Reporter:
         for record in read_history(history):
             row = self.judged.row(record)
             if row is not None and (row["images_seen"] or 0) <= newest.progress.images_seen:
+                self._last = row
                 self._send(row, newest.path)
 
     def note(self, record: Record) -> None:
@@ -125,17 +136,15 @@ class Reporter:
         row = self.judged.row(record)
         if row is None:
             return
+        self._last = row
         if self._has_checkpoint(int(row["images_seen"] or 0)):
             self.waiting.append(row)
         else:
             self._send(row, None)
 
     def last(self) -> Row:
-        """The last row of the history; one without values where there is none."""
-        history = self.folder / "history.jsonl"
-        rows = [self.judged.row(record) for record in read_history(history)] if history.exists() else []
-        found = [row for row in rows if row is not None]
-        return found[-1] if found else {"images_seen": self.sent}
+        """The last row that the trial has measured; one without values where there is none."""
+        return self._last or {"images_seen": self.sent}
 
     def _release(self, images_seen: int, checkpoint: Path) -> None:
         ready = [row for row in self.waiting if (row["images_seen"] or 0) <= images_seen]
@@ -152,8 +161,11 @@ class Reporter:
             self.send(row, checkpoint)
 
     def _remember(self) -> None:
-        said = {"session": self.session, "images_seen": self.sent}
-        write_whole(self.folder / REPORTED, json.dumps(said).encode())
+        said = json.dumps({"session": self.session, "images_seen": self.sent}).encode()
+        if self.remote is not None:
+            self.remote.objects.write(REPORTED, said)
+        else:
+            write_whole(self.folder / REPORTED, said)
 
     def _has_checkpoint(self, images_seen: int) -> bool:
         """Whether the loop saves after the step that reached this image count."""

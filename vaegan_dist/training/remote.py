@@ -7,6 +7,7 @@ What the folder on this machine holds is only a copy: a start puts it in the sta
 import json
 import secrets
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from vaegan_dist.config import Config
 from vaegan_dist.config_source import validate
 from vaegan_dist.data.cache import cache_folder, content_key, locked
 from vaegan_dist.data.objects import Objects
+from vaegan_dist.data.transfer import ATTEMPTS
 from vaegan_dist.data.urls import is_remote
 from vaegan_dist.errors import ConfigError, InputError, VaeganError
 from vaegan_dist.files import write_whole
@@ -44,14 +46,15 @@ class RemoteRun:
     Args:
         url: of the run's folder.
         folder: its copy.
+        attempts: requests in a row that may bring nothing before the store is given up.
 
     Raises:
         InputError: not a usable URL.
     """
 
-    def __init__(self, url: str, folder: Path) -> None:
+    def __init__(self, url: str, folder: Path, attempts: int = ATTEMPTS) -> None:
         self.url, self.folder = url.rstrip("/"), folder
-        self.objects = Objects(self.url)
+        self.objects = Objects(self.url, attempts=attempts)
         self._token = ""
         self._uploaded: dict[str, tuple[int, int]] = {}
 
@@ -136,11 +139,23 @@ class RemoteRun:
         self.check_owner()
         self.objects.upload(f"{path.name}/{SEAL}", path / SEAL)
         kept = {local.name for local in checkpoints(self.folder)} | {path.name}
+        self._discard(lambda name: name not in kept)
+        self.push_rest()
+
+    def replace(self, path: Path) -> None:
+        """The same, in place of what stands at its image count or past it: the run goes back to `path`.
+
+        Interrupted at any moment, an older whole checkpoint stands, or none.
+        """
+        self.check_owner()
+        self._discard(lambda name: name >= path.name)
+        self.push(path)
+
+    def _discard(self, unwanted: Callable[[str], bool]) -> None:
         for name, objects in self._by_checkpoint(sealed=True).items():
-            if name not in kept:
+            if unwanted(name):
                 # The seal goes first, so that a half-removed checkpoint can never pass for a whole one.
                 self.objects.delete([f"{name}/{SEAL}", *(other for other in objects if not other.endswith(SEAL))])
-        self.push_rest()
 
     def push_rest(self) -> None:
         """Upload everything else that has changed: history, configuration, pictures, events."""
@@ -178,10 +193,16 @@ class RemoteRun:
             write_whole(self.folder / name, content)
 
 
-def remote_run(config: Config) -> RemoteRun | None:
-    """The run behind `run.storage`; None where that is a folder."""
+def run_url(config: Config) -> str | None:
+    """URL of a run's folder; None where `run.storage` is one of this machine's."""
     storage = config.run.storage
-    return RemoteRun(f"{storage.rstrip('/')}/{config.run.name}", run_folder(config)) if is_remote(storage) else None
+    return f"{storage.rstrip('/')}/{config.run.name}" if is_remote(storage) else None
+
+
+def remote_run(config: Config, attempts: int = ATTEMPTS) -> RemoteRun | None:
+    """The run behind `run.storage`; None where that is a folder."""
+    url = run_url(config)
+    return RemoteRun(url, run_folder(config), attempts) if url else None
 
 
 def fetch_checkpoint(url: str, which: str = "newest") -> Path:
