@@ -1,4 +1,7 @@
-"""What a step spends its time on, by torch's own profiler: a trace for its viewers and one page for people."""
+"""What a step spends its time on, by torch's own profiler: a trace for its viewers and one page for people.
+
+Steps are profiled one operation after the other, also where they are replayed as CUDA graphs otherwise.
+"""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -73,6 +76,7 @@ class StepProfile:
         if profiler is None or step is None:
             return
         profiler.stop()
+        step.replays = True
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -84,6 +88,7 @@ class StepProfile:
             write_whole(folder / f"{step.phase.name}-summary.md", text.encode())
 
     def _start(self, step: Step) -> None:
+        step.replays = False  # a graph has no parts
         for module in step.modules:
             self._hooks.append(module.register_forward_pre_hook(self._enter))
             self._hooks.append(module.register_forward_hook(self._leave))

@@ -51,6 +51,7 @@ class Step:
         self.layers = {name: stateful_layers(state.networks[name]) for name in self.trained}
         self.compiled = compile_networks(state, self.objective)
         self.graphs: StepGraphs | None = None
+        self.replays = True  # where there are graphs; a profiler looks into steps that are not
         self.ema_share: float | Tensor = 0.0
         if captures(config.training, self.device, world_size):
             self._read_numbers_from_device()
@@ -82,7 +83,7 @@ class Step:
         """Train on this rank's rows `[B / world_size, C, H, W]` of the next global batch (uint8)."""
         self.compiled.begin_step()
         self._set_numbers()
-        if self.graphs is None:
+        if self.graphs is None or not self.replays:
             self._train_on(images.to(self.device, non_blocking=True), self._noise())
         else:
             seen = self.state.progress.phase_images
