@@ -7,7 +7,7 @@ sizes. The last line of output is one JSON object.
 
 Columns: GFLOP per image, counted in the plain step; share of the peak, that of a large matrix product in bf16, or in
 tf32 for steps in fp32, since convolutions then run in tf32; kernels on the device and launches by the host, per step;
-how much of the step the device works; memory, the most that was allocated over what there was before.
+how much of the step the device works; memory, the most that was reserved over what there was before.
 """
 
 import argparse
@@ -147,10 +147,11 @@ class Bench:
         self.wait()
         return (time.perf_counter() - start) / steps
 
-    def allocated(self, *, most: bool = False) -> float:
+    def reserved(self, *, most: bool = False) -> float:
+        """GiB that the allocator holds, now or at most: graphs keep theirs, whether it is in use or not."""
         if self.device.type != "cuda":
             return 0.0
-        read = torch.cuda.max_memory_allocated if most else torch.cuda.memory_allocated
+        read = torch.cuda.max_memory_reserved if most else torch.cuda.memory_reserved
         return float(read(self.device)) / 2**30
 
     def release(self) -> None:
@@ -259,14 +260,14 @@ def device_work(events: list[dict[str, object]], steps: int) -> tuple[float, flo
     return kernels / steps, launches / steps, busy * 1e-6 / steps
 
 
-def traced(bench: Bench, contender: Contender) -> list[dict[str, object]]:
-    """Events of a few steps on a GPU, by torch's profiler."""
+def traced(bench: Bench, contender: Contender, steps: int) -> list[dict[str, object]]:
+    """Events of so many steps on a GPU, by torch's profiler."""
     if bench.device.type != "cuda":
         return []
     with tempfile.TemporaryDirectory() as folder:
         bench.wait()
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            bench.turn(contender, PROFILED)
+            bench.turn(contender, steps)
         path = Path(folder, "trace.json")
         profiler.export_chrome_trace(str(path))
         events: list[dict[str, object]] = json.loads(path.read_text())["traceEvents"]
@@ -300,7 +301,7 @@ def timed(bench: Bench, contender: Contender, mode: Mode, reference: Reference |
 def measure(bench: Bench, case: Case, mode: Mode, reference: Reference | None, row: Row) -> Reference:
     """Fill in a mode's row, but for what the profiler finds."""
     bench.release()
-    before = bench.allocated()
+    before = bench.reserved()
     contender = case.contender(mode, bench.device)
     if not mode.compiled and not mode.graphs:
         row.gflop_per_image = gflop_per_image(contender, case.batch)
@@ -309,15 +310,16 @@ def measure(bench: Bench, case: Case, mode: Mode, reference: Reference | None, r
         row.gflop_per_image = statistics.fmean([row.gflop_per_image, *rest])
     warm_up(bench, contender, mode)
     if bench.device.type == "cuda":
-        row.gib = bench.allocated(most=True) - before
+        row.gib = bench.reserved(most=True) - before
     seconds, row.times_as_fast = timed(bench, contender, mode, reference)
     row.images_per_second = case.batch / seconds
     return Reference(contender, seconds)
 
 
-def look_inside(bench: Bench, made: Reference, row: Row) -> None:
+def look_inside(bench: Bench, made: Reference, mode: Mode, row: Row) -> None:
     """What the profiler finds; nothing where the machine has no counters for it."""
-    kernels, launches, busy = device_work(traced(bench, made.run), PROFILED)
+    steps = mode.at_once or PROFILED
+    kernels, launches, busy = device_work(traced(bench, made.run, steps), steps)
     if kernels:
         row.kernels, row.launches, row.busy = kernels, launches, busy / made.seconds
 
@@ -353,7 +355,7 @@ def run_mode(
     row, made = Row(case.title, mode.name), None
     try:
         made = measure(bench, case, mode, reference, row)
-        look_inside(bench, made, row)
+        look_inside(bench, made, mode, row)
     except Exception as error:  # whatever a mode fails with, the others are measured
         if made is None:
             row.error = first_line(error)

@@ -127,7 +127,7 @@ class TrainingSection(Section):
     GPU. Passes that r1, r2 or gradient_penalty differentiate twice stay as they are: compiled code does not allow it"""
     cuda_graphs: bool | None = None
     """capture whole steps as CUDA graphs, but for those in which beta or the capacity moves (default: where one worker
-    trains alone on a GPU)"""
+    trains alone on a GPU, and compile is no or default)"""
     channels_last: bool = True
     """memory format of pictures and convolution weights"""
     torch_threads: Count = 0

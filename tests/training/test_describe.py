@@ -116,5 +116,7 @@ def test_the_command(
     assert main(["describe", "--preset", "smoke", "--image", "16x8x3"]) == 0
     assert "16x8x3" in capsys.readouterr().out
     assert main(["describe", "--preset", "larsen-64", "objective.diff_augment=[color, translation, cutout]"]) == 0
+    assert main(["describe", "--preset", "smoke", "--data", str(digits)]) == 0
+    assert "28x28x1" in capsys.readouterr().out
     assert main(["describe", "--preset", "smoke", "--image", "16x8"]) == 2
     assert "--image=16x8" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 On torch's `meta` device, which computes nothing, so that it is seen without a GPU; tests/gpu sees it on one.
 """
 
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tests.gpu.steps import BATCH, IMAGE, VARIANTS, config_of
+from tests.gpu.steps import BATCH, IMAGE, VARIANTS, begin, config_of, pictures
 from vaegan_dist.training.state import create_state
 from vaegan_dist.training.step import Step
 
@@ -82,3 +83,23 @@ def test_talk_is_seen(optimisers_at_rest: None) -> None:
     assert talk.found == ["aten.index.Tensor", "aten._to_copy.default"]
     with pytest.raises((NotImplementedError, RuntimeError)):
         float(torch.empty((), device="meta"))
+
+
+def test_a_step_that_is_left_is_gone_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its graphs hold memory of the device, which the next phase, or a run that was rolled back, needs."""
+    made: list[weakref.ref[Any]] = []
+
+    class Graphs:
+        def __init__(self, device: torch.device) -> None:
+            made.append(weakref.ref(self))
+
+        def __call__(self, body: Any, key: object, images: Tensor, noise: dict[str, Tensor]) -> None:
+            body(images, noise)
+
+    monkeypatch.setattr("vaegan_dist.training.step.captures", lambda *_: True)
+    monkeypatch.setattr("vaegan_dist.training.step.StepGraphs", Graphs)
+    _, step = begin(config_of("lazy-r1"), "cpu", torch.float32)
+    step(pictures(0))
+    del step
+    (graphs,) = made
+    assert graphs() is None

@@ -107,12 +107,13 @@ def pick_gpu(local_rank: int, asked: str, remedy: str) -> torch.device:
     if not torch.cuda.is_available():
         raise ConfigError(f"{asked}: torch {torch.__version__} sees no GPU on {socket.gethostname()}; {remedy}")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    # A launcher that shows each rank its own GPU and no other has set this variable.
+    if local_rank >= count and not (count == 1 and "CUDA_VISIBLE_DEVICES" in os.environ):
         raise ConfigError(
             f"{asked}: {socket.gethostname()} has {count} GPU{'s' * (count > 1)}, and {local_rank + 1} ranks or more "
             f"want one each; start at most {count} there, or {remedy}"
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", local_rank % count)
     torch.cuda.set_device(device)
     return device
 

@@ -14,7 +14,6 @@ from vaegan_dist.errors import ConfigError, InputError
 if TYPE_CHECKING:  # torch takes seconds to import; only the commands that use it pay for that
     from vaegan_dist.models import ImageShape
     from vaegan_dist.training.describe import ModelPlan
-    from vaegan_dist.training.pictures import image_of
 
 # What the presets are made for, where neither --image nor a data set says it.
 PRESET_IMAGES = {
@@ -58,6 +57,7 @@ def describe_command(options: argparse.Namespace, overrides: Sequence[str]) -> i
 def _image(config: Config, given: str | None, *, asked_for_data: bool) -> "ImageShape":
     from vaegan_dist.data.configured import open_configured
     from vaegan_dist.models import ImageShape
+    from vaegan_dist.training.pictures import image_of
 
     standard = PRESET_IMAGES.get(config.preset or "")
     # The data set that happens to lie at the default path was made for another preset as likely as for this one.

@@ -44,13 +44,11 @@ def captures(settings: TrainingSection, device: torch.device, world_size: int) -
 class StepGraphs:
     """Runs a step's body: the first few times of each kind as it is, then by replaying its graph.
 
-    Args:
-        body: computes on the tensors that it is given; whatever it keeps, it writes in place.
-        device: the GPU.
+    Holds no reference to the body, which is a method of the step that holds this: a step that is left gives its memory
+    back at once.
     """
 
-    def __init__(self, body: Body, device: torch.device) -> None:
-        self.body = body
+    def __init__(self, device: torch.device) -> None:
         # Warm-up and capture share a stream, so that no node of autograd's waits for another one during capture.
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
@@ -58,19 +56,20 @@ class StepGraphs:
         self.inputs: dict[str, Tensor] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, key: Hashable, images: Tensor, noise: dict[str, Tensor]) -> None:
+    def __call__(self, body: Body, key: Hashable, images: Tensor, noise: dict[str, Tensor]) -> None:
         """One step.
 
         Args:
+            body: computes on the tensors that it is given; whatever it keeps, it writes in place.
             key: all that the body takes from the host beside its arguments.
             images, noise: of the same shapes every time.
         """
         self._fill({"images": images, **{f"noise.{name}": value for name, value in noise.items()}})
         if key not in self.graphs and not self._capture_now(key):
-            self._on_stream(self._run)
+            self._on_stream(lambda: self._run(body))
             return
         if key not in self.graphs:
-            self._on_stream(lambda: self._capture(key))
+            self._on_stream(lambda: self._capture(body, key))
         self.graphs[key].replay()
 
     def _fill(self, given: dict[str, Tensor]) -> None:
@@ -93,14 +92,14 @@ class StepGraphs:
             work()
         current.wait_stream(self.stream)
 
-    def _run(self) -> None:
+    def _run(self, body: Body) -> None:
         noise = {name.removeprefix("noise."): value for name, value in self.inputs.items() if name != "images"}
-        self.body(self.inputs["images"], noise)
+        body(self.inputs["images"], noise)
 
-    def _capture(self, key: Hashable) -> None:
+    def _capture(self, body: Body, key: Hashable) -> None:
         """Record the body without running it. Other threads, which read data, may use the GPU meanwhile."""
         graph = torch.cuda.CUDAGraph()
         # The graphs run one after the other and leave nothing for each other, so they share their memory.
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            self._run()
+            self._run(body)
         self.graphs[key] = graph

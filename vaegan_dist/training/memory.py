@@ -4,6 +4,7 @@ import torch
 
 from vaegan_dist.config import Config
 from vaegan_dist.errors import VaeganError
+from vaegan_dist.training.graphs import captures
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,6 +26,8 @@ def advice(config: Config, world_size: int, device: torch.device) -> VaeganError
         )
     else:
         remedy = "use more workers, a smaller network, or a node with more memory"
+    if captures(config.training, device, world_size):
+        remedy += "; or set training.cuda_graphs=false, which keeps no memory for graphs"
     return VaeganError(
         f"out of memory on {device} with {at_once} images at once per worker; {remedy}; the same command then "
         f"continues from the last checkpoint"

@@ -100,7 +100,7 @@ class TrainState:
     def update_ema(self, share: float | Tensor, skipped: Tensor) -> None:
         """Move the average by this share of the way to the weights; a skipped step (flag 1) leaves it where it is.
 
-        With a half-life of 0 images the share is 1 and the average is the weights themselves.
+        With a half-life of 0 images the share is 1 and the average is the weights themselves (on a GPU, to rounding).
         """
         weight: Any = share * (1.0 - skipped)
         for name in EMA_NETWORKS:

@@ -55,7 +55,7 @@ class Step:
         self.ema_share: float | Tensor = 0.0
         if captures(config.training, self.device, world_size):
             self._read_numbers_from_device()
-            self.graphs = StepGraphs(self._train_on, self.device)
+            self.graphs = StepGraphs(self.device)
         self.modules: list[nn.Module] = [self._wrapped(stage) for stage in self.stages]
         self.units = next((stage.latent_units for stage in self.stages if stage.latent_units), 0)
         self.term_names = (
@@ -88,7 +88,7 @@ class Step:
         else:
             seen = self.state.progress.phase_images
             key = tuple(stage.graph_key(seen) for stage in self.stages)
-            self.graphs(key, images, self._noise())
+            self.graphs(self._train_on, key, images, self._noise())
         self.steps += 1
 
     def _train_on(self, images: Tensor, noise: dict[str, Tensor]) -> None:
@@ -144,8 +144,11 @@ class Step:
         """Keep these numbers where a captured step can read them anew."""
         self.ema_share = torch.zeros((), device=self.device)
         for name in self.trained:
-            group = self.state.optimizers[name].param_groups[0]
+            optimizer = self.state.optimizers[name]
+            group = optimizer.param_groups[0]
             group["lr"], group["capturable"] = torch.zeros((), device=self.device), True
+            # The first steps are not captured, and torch would advise against what the others need.
+            optimizer._warned_capturable_if_run_uncaptured = True
 
     def _noise(self) -> dict[str, Tensor]:
         """This rank's rows of the global batch's noise: a function of (seed, purpose, images_seen), not of the rank."""
