@@ -1,6 +1,8 @@
 """The ledger survives a crash at any byte, and a sweep refuses to go on as another one."""
 
 import errno
+import resource
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import yaml
 
 from vaegan_dist.config_source import load_config
 from vaegan_dist.errors import ConfigError, InputError, VaeganError
+from vaegan_dist.sweeps.journal import FileJournal
 from vaegan_dist.sweeps.ledger import FILE, Ledger, open_ledger
 from vaegan_dist.sweeps.settings import SweepSettings
 
@@ -73,6 +76,35 @@ def test_a_line_that_cannot_be_written_is_the_last(tmp_path: Path, monkeypatch: 
     with pytest.raises(VaeganError, match="No space left"):
         ledger.end(0, "failed", "what follows from a line that may not stand")
     assert not ledger.trials[0].ended and (tmp_path / FILE).read_bytes().count(b"\n") == 2
+
+
+def test_a_full_disk_is_said_once_and_closing_adds_nothing(tmp_path: Path) -> None:
+    (tmp_path / FILE).symlink_to("/dev/full")
+    journal = FileJournal(tmp_path / FILE)
+    with pytest.raises(OSError, match="No space left") as caught, closing(journal):
+        journal.append(b"{}")
+    assert caught.value.__context__ is None, "closing failed as well"
+
+
+def test_room_that_comes_back_does_not_bring_the_line_back(tmp_path: Path) -> None:
+    """The line is cut off after ten bytes; there is room again before the ledger is closed."""
+    ledger = Ledger(tmp_path)
+    ledger.create({})
+    before = (tmp_path / FILE).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with closing(ledger):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, limits[1]))
+        try:
+            with pytest.raises(VaeganError, match=r"ledger cannot be written: .*File too large"):
+                ledger.end(0, "done")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len((tmp_path / FILE).read_bytes()) == len(before) + 10
+    again = Ledger(tmp_path)
+    assert not again.trials[0].ended and (tmp_path / FILE).read_bytes() == before
+    again.end(0, "failed")
+    again.close()
+    assert Ledger(tmp_path).trials[0].state == "failed", "the new line does not stick to the one that was cut off"
 
 
 def test_only_the_number_of_trials_may_change(tmp_path: Path) -> None:

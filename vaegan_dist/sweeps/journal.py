@@ -3,12 +3,14 @@
 Either way a line that `append` returned from stands, and one that a crash interrupted is whole or absent.
 """
 
+import io
 import json
 import os
 import secrets
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 from vaegan_dist.data.objects import Objects
 from vaegan_dist.errors import InputError
@@ -47,7 +49,7 @@ class FileJournal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file: IO[bytes] | None = None
+        self._file: io.FileIO | None = None
 
     def name(self, number: int) -> str:
         """The file and the line, counted from 1."""
@@ -68,13 +70,21 @@ class FileJournal:
         return []
 
     def append(self, line: bytes) -> None:
-        """Write and sync."""
+        """Write and sync. After a failure the file is let go of; what stands of the line, the next `read` drops."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
-        self._file.write(line + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            # Without a buffer: closing must not write a line that has been said not to stand.
+            self._file = io.FileIO(self.path, "a")
+        try:
+            rest = line + b"\n"
+            while rest:
+                rest = rest[self._file.write(rest) :]
+            os.fsync(self._file.fileno())
+        except OSError:
+            with suppress(OSError):  # some file systems say it again here
+                self.close()
+            self._file = None
+            raise
 
     def close(self) -> None:
         """Let go of the file."""
