@@ -9,9 +9,7 @@ import torch
 from vaegan_dist.config import Config
 from vaegan_dist.data.configured import open_configured
 from vaegan_dist.sweeps.plan import Plan
-from vaegan_dist.training.pictures import image_of
-from vaegan_dist.training.state import create_state
-from vaegan_dist.training.step import Step
+from vaegan_dist.sweeps.probe import last_step
 
 MEASURED_SECONDS = 2.0
 WARM_STEPS = 2
@@ -58,16 +56,14 @@ def _share(plan: Plan) -> float:
 def measure_rate(config: Config, seconds: float = MEASURED_SECONDS) -> float:
     """Images per second of the training steps of a trial's last phase, on one worker of this machine's CPU.
 
-    Reading data, pictures and evaluations come on top.
+    Reading data, pictures and evaluations come on top; what `training.compile` saves is not in it.
     """
     dataset = open_configured(config.data)
-    manifest, batch = dataset.manifest, config.training.batch_size
-    image = image_of(manifest)
+    batch = config.training.batch_size
     threads = torch.get_num_threads()
     torch.set_num_threads(config.training.torch_threads or 1)
     try:
-        state = create_state(config, image, torch.device("cpu"), torch.float32)
-        step = Step(state, config.phases[-1], 0, 1)
+        step = last_step(config, dataset.manifest)
         images = dataset.read([number % len(dataset) for number in range(batch)]).images
         for _ in range(WARM_STEPS):
             step(images)

@@ -3,18 +3,15 @@
 import difflib
 from dataclasses import dataclass
 
-import torch
-
 from vaegan_dist.config import Config
 from vaegan_dist.data.configured import open_configured
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.evaluation.features import automatic
+from vaegan_dist.sweeps.probe import last_step
 from vaegan_dist.sweeps.settings import Mode, SweepSettings
 from vaegan_dist.sweeps.trial import Judged
 from vaegan_dist.training.evaluating import RECORDED, RENAMED
 from vaegan_dist.training.pictures import image_of
-from vaegan_dist.training.state import create_state
-from vaegan_dist.training.step import Step
 
 # Sections of an evaluation that need a feature network, or labels.
 WITH_FEATURES = {"fid", "kid", "precision", "recall", "density", "coverage", "rfid", "fid_floor", "label_divergence"}
@@ -85,5 +82,4 @@ def _offer(config: Config) -> _Offer:
         features = automatic(len(manifest.classes or ()), max(image.height, image.width))
     names = [RENAMED.get(name, name) for group in RECORDED.values() for name in group]
     evaluation = [name for name in names if features != "none" or name not in WITH_FEATURES]
-    state = create_state(config, image, torch.device("cpu"), torch.float32)
-    return _Offer(evaluation, list(Step(state, config.phases[-1], 0, 1).term_names))
+    return _Offer(evaluation, list(last_step(config, manifest).term_names))
