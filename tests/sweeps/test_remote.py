@@ -17,7 +17,7 @@ from tests.training.runs import TIMES, config_of, rows_of, tensors_in
 from vaegan_dist.cli import main
 from vaegan_dist.cluster import sweep_trial
 from vaegan_dist.cluster.sweep_trial import Shared, run_trial
-from vaegan_dist.config import Config
+from vaegan_dist.config import Config, RunSection
 from vaegan_dist.config_source import load_config
 from vaegan_dist.data import transfer
 from vaegan_dist.errors import ConfigError, DataError, InputError
@@ -26,12 +26,14 @@ from vaegan_dist.sweeps.ledger import Ledger, Trial, open_ledger, read_ledger
 from vaegan_dist.sweeps.plan import Plan, make_plan
 from vaegan_dist.sweeps.remote import gather, publish
 from vaegan_dist.sweeps.report import write_report
-from vaegan_dist.sweeps.result import write_result
+from vaegan_dist.sweeps.result import best_trial, write_result
 from vaegan_dist.sweeps.settings import SweepSettings
-from vaegan_dist.sweeps.trial import trial_config
+from vaegan_dist.sweeps.trial import TRIALS, trial_config
 from vaegan_dist.training.checkpoint import checkpoints, folder_name, open_checkpoint
+from vaegan_dist.training.loop import train
 from vaegan_dist.training.remote import SupersededError, fetch_checkpoint, remote_run
 from vaegan_dist.training.resume import run_folder
+from vaegan_dist.training.runtime import SingleProcess
 
 URL = "s3://shards/runs"
 SPACE = {"objective.beta": {"loguniform": [0.1, 10]}}
@@ -375,3 +377,23 @@ def test_a_copy_of_weights_stands_in_the_store_before_the_trial_goes_on(
     assert plan.ledger.trials[1].state == "done"
     assert [row["images_seen"] for row in plan.ledger.trials[1].rows] == [128, 256, 384, 512]
     assert rows_of(run_folder(changed), "train")[-1]["beta"] == 7.0
+
+
+def test_what_an_earlier_start_gathered_is_not_taken_for_the_winner(
+    bucket: Bucket, machine: Path, remote_config: Config
+) -> None:
+    """The trial has gone on from a copy of other weights since, to an image count that it had reached before."""
+    plan = sweep(remote_config)
+    best = best_trial(plan)
+    assert best is not None
+    gathered = plan.folder / TRIALS / best.name
+    (right,) = checkpoints(gathered)
+    wanted = tensors_in(right)
+    other = remote_config.model_copy(update={"run": RunSection(name="other", storage=str(machine), seed=9)})
+    train(other, SingleProcess())
+    for images in (512, 640):
+        shutil.rmtree(gathered / folder_name(images), ignore_errors=True)
+        shutil.copytree(checkpoints(run_folder(other))[0], gathered / folder_name(images))
+    gather(plan)
+    assert [path.name for path in checkpoints(gathered)] == [folder_name(512)]
+    assert tensors_in(gathered / folder_name(512)) == wanted

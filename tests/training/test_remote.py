@@ -15,8 +15,9 @@ from vaegan_dist.config_source import load_config
 from vaegan_dist.data import transfer
 from vaegan_dist.data.objects import Objects
 from vaegan_dist.errors import ConfigError, InputError, VaeganError
-from vaegan_dist.training.checkpoint import checkpoints, folder_name
+from vaegan_dist.training.checkpoint import checkpoints, folder_name, open_checkpoint
 from vaegan_dist.training.finished import outcome_of_finished
+from vaegan_dist.training.graft import graft
 from vaegan_dist.training.loop import train
 from vaegan_dist.training.meter import Agreement
 from vaegan_dist.training.remote import RemoteRun, fetch_checkpoint, refuse_standing, remote_run, standing
@@ -213,6 +214,23 @@ def test_a_damaged_one_is_named_and_a_stale_process_cannot_seal(
     with pytest.raises(VaeganError, match="another process has taken this run over"):
         stale.push(stale.folder / folder_name(9920))
     assert remote.sealed()[0] == folder_name(2560)
+
+
+def test_a_checkpoint_that_was_replaced_is_fetched_anew(
+    bucket: Bucket, machine: Path, calm: Path, digits: Path, tmp_path: Path
+) -> None:
+    """`best/` of a sweep that was continued: another winner, at the same image count."""
+    (old,) = [path for path in checkpoints(calm) if path.name == folder_name(2560)]
+    winner = config_of(digits, tmp_path / "runs", *SETTINGS, "objective.beta=7")
+    new = graft(old, winner).path
+    for source in (old, new):
+        remote = RemoteRun(f"{URL}/best", source.parent)
+        remote.take_over()
+        remote.replace(source)
+        fetched = fetch_checkpoint(f"{URL}/best")
+        assert fetched.name == source.name and open_checkpoint(fetched).config == open_checkpoint(source).config
+    before = (fetched / "checkpoint.json").stat().st_ino
+    assert (fetch_checkpoint(f"{URL}/best") / "checkpoint.json").stat().st_ino == before, "downloaded though it is here"
 
 
 @pytest.mark.parametrize("storage", ["https://server/runs", "ftp://x/y"])

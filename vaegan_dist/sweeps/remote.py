@@ -38,7 +38,7 @@ def gather(plan: Plan) -> None:
 
 
 def _fetch_newest(source: RemoteRun) -> None:
-    for name in source.sealed():
+    for name in source.drop_others():  # an earlier start may have left others, under the same name too
         try:
             source.fetch(name)
         except BrokenCheckpointError:

@@ -83,10 +83,7 @@ class RemoteRun:
         """
         for objects in self._by_checkpoint(sealed=False).values():
             self.objects.delete(objects)
-        names, complaints = self.sealed(), list[str]()
-        for path in checkpoints(self.folder):
-            if path.name not in names or not self._same(path.name):
-                shutil.rmtree(path)
+        names, complaints = self.drop_others(), list[str]()
         for name in names:
             try:
                 self.fetch(name)
@@ -99,8 +96,18 @@ class RemoteRun:
                 self._fetch_small(name)
         return complaints
 
+    def drop_others(self) -> list[str]:
+        """Remove copies of what the store does not have, or has replaced; `sealed` of what it has."""
+        names = self.sealed()
+        for path in checkpoints(self.folder):
+            if path.name not in names or not self._same(path.name):
+                shutil.rmtree(path)
+        return names
+
     def fetch(self, name: str) -> Path:
         """A checkpoint's copy on this machine, whole; downloaded unless it is there.
+
+        What stands in the store may have been replaced by another one at the same image count.
 
         Raises:
             BrokenCheckpointError: it is damaged in the store.
@@ -109,8 +116,9 @@ class RemoteRun:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder / ".fetch"):
             with suppress(BrokenCheckpointError):
-                open_checkpoint(path)
-                return path
+                if self._same(name):
+                    open_checkpoint(path)
+                    return path
             partial = self.folder / f".{name}.partial"
             for stale in (path, partial):
                 shutil.rmtree(stale, ignore_errors=True)
