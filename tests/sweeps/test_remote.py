@@ -5,7 +5,9 @@ import io
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import obstore
@@ -15,12 +17,14 @@ from obstore.exceptions import GenericError
 from tests.data.s3_server import Bucket, running_bucket
 from tests.training.runs import TIMES, config_of, rows_of, tensors_in
 from vaegan_dist.cli import main
-from vaegan_dist.cluster import sweep_trial
+from vaegan_dist.cluster import ray_tune, sweep_trial
+from vaegan_dist.cluster.hub import Failure
+from vaegan_dist.cluster.ray_tune import run_sweep
 from vaegan_dist.cluster.sweep_trial import Shared, run_trial
 from vaegan_dist.config import Config, RunSection
 from vaegan_dist.config_source import load_config
 from vaegan_dist.data import transfer
-from vaegan_dist.errors import ConfigError, DataError, InputError
+from vaegan_dist.errors import ConfigError, DataError, InputError, VaeganError
 from vaegan_dist.sweeps.journal import FILE
 from vaegan_dist.sweeps.ledger import Ledger, Trial, open_ledger, read_ledger
 from vaegan_dist.sweeps.plan import Plan, make_plan
@@ -192,6 +196,7 @@ class TuneStandIn:
         self.number, self.reports = 0, 0
         self.handed: Path | None = None
         self.stop_at: int | None = None
+        self.result: dict[str, Any] = {}
         self.Checkpoint = HandedOver
 
     def report(self, result: dict[str, Any], checkpoint: "HandedOver | None" = None) -> None:
@@ -202,8 +207,10 @@ class TuneStandIn:
             self.ledger.row(self.number, row)
         self.die(self.reports, "after")
         if result.get("done"):
-            assert result["state"] == "done", result
-            self.ledger.end(self.number, "done", seconds=1.0)
+            self.result = result
+            if result["state"] != "stopped":
+                assert result["state"] == "done", result
+                self.ledger.end(self.number, "done", seconds=1.0)
         elif row["images_seen"] == self.stop_at:
             raise SystemExit
 
@@ -397,3 +404,67 @@ def test_what_an_earlier_start_gathered_is_not_taken_for_the_winner(
     gather(plan)
     assert [path.name for path in checkpoints(gathered)] == [folder_name(512)]
     assert tensors_in(gathered / folder_name(512)) == wanted
+
+
+# Two commands at a time
+
+
+def taken_over(plan: Plan) -> dict[str, Any]:
+    """The last result of a trial of the plan that another command begins as well, once its first value stands."""
+    trial = plan.ledger.trials[0]
+    other = remote_run(trial_config(plan.config, plan.folder, 0, trial.params, plan.judged))
+    assert other is not None
+
+    def take_over(report: int, moment: str) -> None:
+        if (report, moment) == (1, "after"):
+            other.take_over()
+
+    tune = TuneStandIn(plan.ledger, take_over)
+    run_one(plan, tune, trial, "later")
+    return tune.result
+
+
+@pytest.fixture
+def quick_end(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], None]:
+    """In place of Ray and Tune: trial 0 ends with a result, and no other one begins."""
+
+    def patch(result: dict[str, Any]) -> None:
+        ended = ray_tune._Book.ended
+        for name, value in {
+            "connect": lambda *args: None,
+            "concurrency": lambda plan: 1,
+            "start_sweep_hub": _Hub,
+            "_followed": lambda *args: nullcontext(),
+            "_tuner": lambda plan, hub, book, concurrent: SimpleNamespace(fit=lambda: ended(book, 0, result)),
+        }.items():
+            monkeypatch.setattr(ray_tune, name, value)
+
+    return patch
+
+
+def test_a_trial_that_another_command_begins_again_is_no_failure(
+    bucket: Bucket, machine: Path, calm: Plan, remote_config: Config, quick_end: Callable[[dict[str, Any]], None]
+) -> None:
+    earlier = make_plan(SETTINGS, remote_config, begun(remote_config))
+    earlier.propose_all()
+    later = make_plan(SETTINGS, remote_config, begun(remote_config))
+    result = taken_over(later)
+    assert result["state"] == "stopped" and "\n" not in result["message"], result
+    assert "s3://shards/runs/sweep/trials/0000: another process has taken this run over" in result["message"]
+    assert [row["images_seen"] for row in later.ledger.trials[0].rows] == [128], "later ones had no checkpoint"
+    before = names_in(bucket)
+    quick_end(result)
+    with pytest.raises(VaeganError, match=r"with 3 trials left \(taken over by another command: 0000\); run the same"):
+        run_sweep(later, lambda progress: None)
+    with pytest.raises(SupersededError, match="another command has taken this sweep over; this one ends"):
+        run_sweep(earlier, lambda progress: None)
+    assert names_in(bucket) == before and later.ledger.trouble is None, "neither of them has written a line"
+
+    plan = sweep(remote_config, session="again")
+    assert facts(plan.ledger.trials) == facts(calm.ledger.trials)
+
+
+@pytest.mark.parametrize("kind", [SupersededError, ConfigError, VaeganError])
+def test_the_driver_of_a_group_tells_a_trial_that_was_taken_over_from_one_that_failed(kind: type[VaeganError]) -> None:
+    error = Failure.of(kind("why"), "rank 1 on node").error()
+    assert type(error) is kind and str(error) == "rank 1 on node: why"

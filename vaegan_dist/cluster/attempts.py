@@ -20,7 +20,7 @@ from vaegan_dist.cluster.hub import Failure, ask
 from vaegan_dist.cluster.placement import Reservation, draining_nodes, larger_sizes, names_of
 from vaegan_dist.cluster.runtime import OnRecord
 from vaegan_dist.config import ClusterSection, Config
-from vaegan_dist.errors import ConfigError, VaeganError
+from vaegan_dist.errors import VaeganError
 from vaegan_dist.reporting.records import Record, integer
 from vaegan_dist.training.loop import Outcome
 
@@ -185,10 +185,7 @@ class Watcher:
             failure: Failure | None = ask(self.hub.why_failed.remote)
         except ray.exceptions.RayError:
             return None
-        if failure is None:
-            return None
-        kind = ConfigError if failure.exit_code == ConfigError.exit_code else VaeganError
-        return kind(failure.message)
+        return failure.error() if failure is not None else None
 
     def outcome(self) -> Outcome:
         """How rank 0 ended the attempt that is over."""

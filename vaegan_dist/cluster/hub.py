@@ -17,9 +17,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import validate
+from vaegan_dist.errors import ConfigError, VaeganError
 from vaegan_dist.reporting.prometheus import Exporter
 from vaegan_dist.reporting.records import Record
 from vaegan_dist.reporting.snapshot import RankSnapshot
+from vaegan_dist.training.remote import SupersededError
 from vaegan_dist.training.resume import run_folder
 
 KEPT_RECORDS = 10_000
@@ -34,6 +36,19 @@ class Failure:
 
     message: str
     exit_code: int
+    superseded: bool
+    """another process has taken the run over"""
+
+    @classmethod
+    def of(cls, error: VaeganError, where: str) -> "Failure":
+        """What a worker raised, and which worker."""
+        return cls(f"{where}: {error}", error.exit_code, isinstance(error, SupersededError))
+
+    def error(self) -> VaeganError:
+        """The same on the driver, of the kinds that callers tell apart."""
+        if self.superseded:
+            return SupersededError(self.message)
+        return (ConfigError if self.exit_code == ConfigError.exit_code else VaeganError)(self.message)
 
 
 class Hub:

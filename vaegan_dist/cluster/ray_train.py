@@ -269,8 +269,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         outcome = train(config, runtime)
     except VaeganError as error:
         # An explained failure: no retry mends it.
-        message = f"rank {runtime.rank} on {socket.gethostname()}: {error}"
-        ray.get(hub.fail.remote(Failure(message, error.exit_code)))
+        ray.get(hub.fail.remote(Failure.of(error, f"rank {runtime.rank} on {socket.gethostname()}")))
         raise
     if runtime.rank == 0:
         path = str(outcome.checkpoint) if outcome.checkpoint else None

@@ -39,7 +39,7 @@ from vaegan_dist.cluster.sweep_trial import Shared, run_trial
 from vaegan_dist.config import Config
 from vaegan_dist.data.arrow import arrow_filesystem
 from vaegan_dist.errors import ConfigError, VaeganError
-from vaegan_dist.sweeps.ledger import Trial
+from vaegan_dist.sweeps.ledger import Trial, trial_name
 from vaegan_dist.sweeps.plan import Plan
 from vaegan_dist.training.remote import remote_run
 
@@ -80,7 +80,9 @@ def run_sweep(plan: Plan, on_progress: OnProgress, address: str = "auto", worker
         raise plan.ledger.trouble
     _clear_bookkeeping(plan)
     if plan.left and not book.stopping:
-        raise VaeganError(f"Ray Tune ended with {plan.left} trials left; run the same command again to continue")
+        raise VaeganError(
+            f"Ray Tune ended with {plan.left} trials left{book.why}; run the same command again to continue"
+        )
     return "stopped" if plan.left else "done"
 
 
@@ -222,6 +224,8 @@ class _Book(Searcher):  # type: ignore[misc]
         self.plan, self.stopping = plan, False
         self.under_way: frozenset[int] = frozenset()
         """trials that have a process; others of the ledger's may be paused, or have yet to begin"""
+        self.superseded: list[int] = []
+        """trials that another command has taken over; they stay unfinished"""
         self.waiting = deque(_unfinished(plan))
         self.callback = _Callback(self)
 
@@ -253,10 +257,19 @@ class _Book(Searcher):  # type: ignore[misc]
 
     def ended(self, number: int, result: dict[str, Any]) -> None:
         """A trial ended by itself, or the scheduler stopped it."""
-        state = result.get("state", "early")
+        state, message = result.get("state", "early"), result.get("message", "")
         if state != "stopped":
-            seconds = self.plan.ledger.trials[number].seconds_spent
-            self.plan.ledger.end(number, state, result.get("message", ""), seconds)
+            self.plan.ledger.end(number, state, message, self.plan.ledger.trials[number].seconds_spent)
+        elif message:
+            self.superseded.append(number)
+            # No line tells whether this command is the one to end, and it would take over the next trial.
+            self.plan.ledger.check_owner()
+
+    @property
+    def why(self) -> str:
+        """Why trials are left that nobody asked to stop, as far as it is known."""
+        names = ", ".join(trial_name(number) for number in self.superseded)
+        return f" (taken over by another command: {names})" if names else ""
 
     def died(self, number: int, message: str) -> None:
         """A trial's process died once more than it may."""

@@ -35,7 +35,7 @@ from vaegan_dist.training.checkpoint import newest_whole, open_checkpoint
 from vaegan_dist.training.finished import outcome_of_finished
 from vaegan_dist.training.graft import graft
 from vaegan_dist.training.loop import Outcome, train
-from vaegan_dist.training.remote import RemoteRun, remote_run
+from vaegan_dist.training.remote import RemoteRun, SupersededError, remote_run
 from vaegan_dist.training.resume import refuse_changes, run_folder
 
 POLL_SECONDS = 0.2
@@ -112,6 +112,10 @@ def run_trial(config: dict[str, Any], shared: Shared) -> None:
                 _take_over(settled, reporter, remote)
             outcome = _train(settled, shared, trial, reporter)
             ending.state = "stopped" if outcome.reason == "stopped" else "done"
+    except SupersededError as error:
+        # Of two commands on one sweep the earlier one may have begun a trial again before it is refused.
+        ending.give_up(error)
+        print(f"warning: trial {trial}: {ending.message}", file=sys.stderr, flush=True)
     except VaeganError as error:
         ending.state, ending.message = "failed", " ".join(str(error).split())
     except Exception as error:
@@ -156,6 +160,12 @@ class _Ending:
         score = self.judged.worst if self.state == "failed" else self.judged.score(row)
         place = {**place_of(row, self.judged), "value": score, "row": row}
         return {**place, "state": self.state, "message": self.message[:500], "done": True}
+
+    def give_up(self, error: SupersededError) -> None:
+        """Leave the trial unfinished to whoever has it."""
+        self.state, self.message = "stopped", " ".join(str(error).split())
+        if self.reporter is not None:
+            self.reporter.forget()
 
     def keep_traceback(self, shared: Shared, trial: int) -> None:
         """For whoever looks for the cause."""

@@ -40,6 +40,9 @@ class Journal(Protocol):
     def append(self, line: bytes) -> None:
         """Add a line, and return when it stands."""
 
+    def check_owner(self) -> None:
+        """Raises SupersededError when another process writes the lines by now."""
+
     def close(self) -> None:
         """Let go of files."""
 
@@ -85,6 +88,9 @@ class FileJournal:
                 self.close()
             self._file = None
             raise
+
+    def check_owner(self) -> None:
+        """The lock on the sweep's folder keeps others away."""
 
     def close(self) -> None:
         """Let go of the file."""
@@ -134,7 +140,15 @@ class StoreJournal:
     def append(self, line: bytes) -> None:
         """Create the next object. Raises SupersededError where another process has."""
         if not self._create(line):
-            raise SupersededError(f"{self.url}: another command has taken this sweep over; this one ends")
+            raise self._superseded()
+
+    def check_owner(self) -> None:
+        """Whoever takes the sweep over adds a line."""
+        if self.objects.small(_object(self._count), LINE_BYTES) is not None:
+            raise self._superseded()
+
+    def _superseded(self) -> SupersededError:
+        return SupersededError(f"{self.url}: another command has taken this sweep over; this one ends")
 
     def close(self) -> None:
         """Nothing is open."""

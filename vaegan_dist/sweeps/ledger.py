@@ -7,7 +7,7 @@ values and folder.
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -146,10 +146,19 @@ class Ledger:
 
     def _write(self, event: dict[str, Any]) -> None:
         """Append, and only then know."""
+        line = json.dumps({**event, "time": round(time.time(), 3)}, allow_nan=False).encode()
+        self._or_trouble(lambda: self.journal.append(line))
+        self._apply(event)
+
+    def check_owner(self) -> None:
+        """Raises SupersededError when another command has taken the sweep over."""
+        self._or_trouble(self.journal.check_owner)
+
+    def _or_trouble(self, action: Callable[[], None]) -> None:
         if self.trouble is not None:
             raise self.trouble
         try:
-            self.journal.append(json.dumps({**event, "time": round(time.time(), 3)}, allow_nan=False).encode())
+            action()
         except VaeganError as error:
             self.trouble = error
             raise
@@ -157,7 +166,6 @@ class Ledger:
             cause = storage_trouble(error, self.folder) or str(error)
             self.trouble = VaeganError(f"{self.folder}: the sweep's ledger cannot be written: {cause}")
             raise self.trouble from None
-        self._apply(event)
 
     def create(self, params: dict[str, Any]) -> Trial:
         """A new trial, before it starts."""

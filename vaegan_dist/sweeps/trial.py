@@ -146,6 +146,10 @@ class Reporter:
         """The last row that the trial has measured; one without values where there is none."""
         return self._last or {"images_seen": self.sent}
 
+    def forget(self) -> None:
+        """What has been measured and not sent has no checkpoint, and never will have one."""
+        self._last, self.waiting = None, []
+
     def _release(self, images_seen: int, checkpoint: Path) -> None:
         ready = [row for row in self.waiting if (row["images_seen"] or 0) <= images_seen]
         self.waiting = [row for row in self.waiting if row not in ready]

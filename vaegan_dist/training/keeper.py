@@ -115,6 +115,7 @@ class Keeper:
         """Take note of what rank 0 said; the record of a checkpoint that now stands.
 
         Raises:
+            SupersededError: on every rank, when another process has taken the run over.
             VaeganError: on every rank, when the checkpoint could not be written.
         """
         if self._row is None or verdict == Verdict.PENDING:
@@ -122,8 +123,8 @@ class Keeper:
         row, self._row = self._row, None
         if verdict == Verdict.FAILED:
             before = f"from {self.newest_path}" if self.newest_path else "from the start, since no checkpoint stands"
-            line = from_rank_0(self.runtime, self.saver.error)
-            raise VaeganError(f"{line}; the same command then continues {before}")
+            kind, line = from_rank_0(self.runtime, (self.saver.kind, self.saver.error))
+            raise kind(f"{line}; the same command then continues {before}")
         self.newest_path = Path(str(row["path"]))
         if self.runtime.rank == 0:
             row["checkpoint_bytes"] = sum(path.stat().st_size for path in self.newest_path.glob("*"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vaegan_dist.config import CheckpointSection
+from vaegan_dist.errors import VaeganError
 from vaegan_dist.training.best import point_to
 from vaegan_dist.training.checkpoint import folder_name
 from vaegan_dist.training.commit import prune, write_checkpoint
@@ -34,6 +35,8 @@ class Saver:
     def __init__(self, folder: Path, settings: CheckpointSection, remote: RemoteRun | None = None) -> None:
         self.folder, self.settings, self.remote = folder, settings, remote
         self.error = ""
+        self.kind: type[VaeganError] = VaeganError
+        """of the error that ends the run: callers tell a run that was taken over from one that failed"""
         self._warnings: deque[str] = deque()
         self._verdict = Verdict.PENDING
         self._begun = 0.0
@@ -85,7 +88,7 @@ class Saver:
                 if self.remote is not None:
                     self.remote.push(written)
             except SupersededError as error:
-                self.error = str(error)
+                self.error, self.kind = str(error), SupersededError
                 self._verdict = Verdict.FAILED
                 return
             except Exception as error:
