@@ -20,6 +20,7 @@ from vaegan_dist.training.finished import outcome_of_finished
 from vaegan_dist.training.graft import graft
 from vaegan_dist.training.loop import train
 from vaegan_dist.training.meter import Agreement
+from vaegan_dist.training.mirror import Mirror
 from vaegan_dist.training.remote import RemoteRun, fetch_checkpoint, refuse_standing, remote_run, standing
 from vaegan_dist.training.resume import run_folder
 from vaegan_dist.training.runtime import SingleProcess
@@ -213,6 +214,10 @@ def test_a_damaged_one_is_named_and_a_stale_process_cannot_seal(
     shutil.copytree(old, stale.folder / folder_name(9920))
     with pytest.raises(VaeganError, match="another process has taken this run over"):
         stale.push(stale.folder / folder_name(9920))
+    history = remote.objects.small("history.jsonl", 2**20)
+    (stale.folder / "history.jsonl").write_text("of the process before")
+    assert "another process has taken this run over" in Mirror(stale).close()
+    assert remote.objects.small("history.jsonl", 2**20) == history
     assert remote.sealed()[0] == folder_name(2560)
 
 

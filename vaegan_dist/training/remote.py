@@ -166,7 +166,12 @@ class RemoteRun:
                 self.objects.delete([f"{name}/{SEAL}", *(other for other in objects if not other.endswith(SEAL))])
 
     def push_rest(self) -> None:
-        """Upload everything else that has changed: history, configuration, pictures, events."""
+        """Upload everything else that has changed: history, configuration, pictures, events.
+
+        Raises:
+            SupersededError: another process has taken the run over, whose history it would overwrite.
+        """
+        self.check_owner()
         for path in sorted(self.folder.rglob("*")):
             name = path.relative_to(self.folder).as_posix()
             if name.startswith((PREFIX, ".")) and name != ".metrics.json":
