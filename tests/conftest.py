@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.needs import missing
+
+if TYPE_CHECKING:  # the server takes a second to import; most tests need none
+    from tests.data.s3_server import Bucket
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -34,3 +38,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("digits")
     prepare(PrepareOptions(source="digits", output=str(folder), limit=1280))
     return folder
+
+
+@pytest.fixture
+def bucket() -> "Iterator[Bucket]":
+    """An empty bucket on a local S3 server."""
+    from tests.data.s3_server import running_bucket
+
+    with running_bucket() as made:
+        yield made

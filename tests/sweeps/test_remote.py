@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import obstore
 import pytest
 from obstore.exceptions import GenericError
 
-from tests.data.s3_server import Bucket, running_bucket
+from tests.data.s3_server import Bucket
 from tests.training.runs import TIMES, config_of, rows_of, tensors_in
 from vaegan_dist.cli import main
 from vaegan_dist.cluster import ray_tune, sweep_trial
@@ -48,12 +48,6 @@ QUICK = (
     "run.name=sweep",
     "reporting.curves=false",
 )
-
-
-@pytest.fixture
-def bucket() -> Iterator[Bucket]:
-    with running_bucket() as made:
-        yield made
 
 
 @pytest.fixture

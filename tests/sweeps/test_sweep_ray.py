@@ -9,7 +9,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import obstore
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import yaml
 
-from tests.data.s3_server import Bucket, running_bucket
+from tests.data.s3_server import Bucket
 from tests.monitoring.servers import free_port
 from tests.training.runs import rows_of, tensors_in
 from vaegan_dist.cli import main
@@ -80,10 +81,10 @@ def events_of(folder: Path) -> list[dict]:  # type: ignore[type-arg]
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def wait_for(folder: Path, driver: subprocess.Popen[str], event: str, count: int) -> None:
-    """Wait until the ledger holds so many events of a kind."""
+def wait_for(events: Callable[[], list[dict]], driver: subprocess.Popen[str], event: str, count: int) -> None:  # type: ignore[type-arg]
+    """Wait until a ledger holds so many events of a kind."""
     deadline = time.monotonic() + TIMEOUT
-    while sum(row["event"] == event for row in events_of(folder)) < count:
+    while sum(row["event"] == event for row in events()) < count:
         assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[0]
         time.sleep(0.1)
 
@@ -165,9 +166,9 @@ def test_a_sweep_survives_the_death_of_a_trial_and_of_its_driver(
     scraper = Scraper(port, folder, 5)
     driver = start(environment, command)
     try:
-        wait_for(folder, driver, "row", 1)
+        wait_for(partial(events_of, folder), driver, "row", 1)
         trial_processes(environment)[0].kill()
-        wait_for(folder, driver, "ended", 2)
+        wait_for(partial(events_of, folder), driver, "ended", 2)
     finally:
         driver.kill()
         driver.communicate(timeout=TIMEOUT)
@@ -241,12 +242,6 @@ def test_pbt_copies_weights_and_changes_values(environment: dict[str, str], digi
         assert last["lr_decoder"] == pytest.approx(trial.params["optimizer.learning_rate"])
 
 
-@pytest.fixture
-def bucket() -> Iterator[Bucket]:
-    with running_bucket() as made:
-        yield made
-
-
 def remote_ledger(bucket: Bucket, sweep: str) -> list[dict]:  # type: ignore[type-arg]
     names = sorted(e["path"] for chunk in obstore.list(bucket.store, f"runs/{sweep}/ledger") for e in chunk)
     return [json.loads(bytes(obstore.get(bucket.store, name).bytes())) for name in names]
@@ -293,18 +288,13 @@ def test_a_sweep_in_a_store_goes_on_on_another_machine(
     assert calm.returncode == 0, said
     command = arguments(space, digits, Path("unused"), "--name", "moved", "run.storage=s3://shards/runs")
 
-    def wait_until(event: str, count: int) -> None:
-        deadline = time.monotonic() + TIMEOUT
-        while sum(row["event"] == event for row in remote_ledger(bucket, "moved")) < count:
-            assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[0]
-            time.sleep(0.1)
-
+    events = partial(remote_ledger, bucket, "moved")
     for event, count in (("row", 1), ("ended", 2)):
         driver = start(environment, command)
         try:
-            wait_until(event, count)
+            wait_for(events, driver, event, count)
             trial_processes(environment)[0].kill()
-            wait_until("row", count + 2)
+            wait_for(events, driver, "row", count + 2)
         finally:
             driver.kill()
             driver.communicate(timeout=TIMEOUT)
@@ -316,7 +306,7 @@ def test_a_sweep_in_a_store_goes_on_on_another_machine(
 
     moved = read_ledger(load_config("smoke", overrides=["run.storage=s3://shards/runs", "run.name=moved"])).trials
     assert measured(moved) == measured(Ledger(tmp_path / "calm").trials)
-    ended = [event["trial"] for event in remote_ledger(bucket, "moved") if event["event"] == "ended"]
+    ended = [event["trial"] for event in events() if event["event"] == "ended"]
     assert sorted(ended) == [0, 1, 2, 3, 4], "a trial was lost, or ended twice"
     best = fetch_checkpoint("s3://shards/runs/moved/best")
     assert tensors_in(best) == tensors_in(checkpoints(tmp_path / "calm" / "best")[0])
@@ -331,7 +321,7 @@ def test_a_signal_ends_in_checkpoints_and_the_sweep_goes_on(
     driver = start(environment, long)
     folder = tmp_path / "stopped"
     try:
-        wait_for(folder, driver, "row", 2)
+        wait_for(partial(events_of, folder), driver, "row", 2)
         driver.send_signal(signal.SIGTERM)
         said, _ = driver.communicate(timeout=TIMEOUT)
     finally:

@@ -14,7 +14,7 @@ from vaegan_dist.config import Config
 from vaegan_dist.config_source import dump_yaml, load_config
 from vaegan_dist.data.dataset import open_dataset
 from vaegan_dist.data.loader import Position, train_batches
-from vaegan_dist.models import ImageShape
+from vaegan_dist.training.pictures import image_of
 from vaegan_dist.training.state import create_state
 from vaegan_dist.training.step import Step
 
@@ -63,7 +63,7 @@ def steps_of(config: Config, rank: int, world_size: int, dtype: torch.dtype, aro
     """One row per step: its phase, its terms averaged over the ranks, and a hash of this rank's parameters."""
     dataset = open_dataset(config.data.path)
     manifest = dataset.manifest
-    image = ImageShape(channels=manifest.channels, height=manifest.height, width=manifest.width)
+    image = image_of(manifest)
     state = create_state(config, image, torch.device("cpu"), dtype)
     batches = train_batches(
         dataset,

@@ -1,14 +1,13 @@
 """A run whose storage is an S3 server: what is there is whole, a machine with nothing goes on, an outage is borne."""
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import obstore
 import pytest
 from obstore.store import S3Store
 
-from tests.data.s3_server import Bucket, running_bucket
+from tests.data.s3_server import Bucket
 from tests.training.runs import config_of, rows_of, tensors_in, tensors_of
 from vaegan_dist.config import Config
 from vaegan_dist.config_source import load_config
@@ -28,12 +27,6 @@ from vaegan_dist.training.step import Step
 
 URL = "s3://shards/runs"
 SETTINGS = ("checkpoint.images=640", "checkpoint.retry_seconds=0.1", "checkpoint.keep_last=2")
-
-
-@pytest.fixture
-def bucket() -> Iterator[Bucket]:
-    with running_bucket() as made:
-        yield made
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from vaegan_dist.training.remote import run_url
 # Kinds of stores that Tune can write to by way of `data/arrow.py`, which costs the import of pyarrow.
 COPIED = ("s3", "gs", "az")
 
-
 # Part of the budget at which asha first judges: after a twelfth it stopped the best β (docs/sweeps.md, Measured).
 FIRST_RUNG = 6
 
