@@ -47,10 +47,12 @@ def test_a_crash_at_any_byte_loses_at_most_the_last_line(tmp_path: Path) -> None
         (tmp_path / FILE).write_bytes(whole[:cut])
         found = Ledger(tmp_path)
         kept = whole[:cut].count(b"\n")
-        assert (tmp_path / FILE).read_bytes() == b"".join(line + b"\n" for line in whole.split(b"\n")[:kept])
+        assert (tmp_path / FILE).read_bytes() == whole[:cut], "who only looks changes nothing: a line may be under way"
         number = len(found.trials)
         found.create({})
         found.close()
+        lines = (tmp_path / FILE).read_bytes().split(b"\n")
+        assert lines[:kept] == whole.split(b"\n")[:kept] and len(lines) == kept + 2
         assert len(Ledger(tmp_path).trials) == number + 1
 
 
@@ -101,7 +103,7 @@ def test_room_that_comes_back_does_not_bring_the_line_back(tmp_path: Path) -> No
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len((tmp_path / FILE).read_bytes()) == len(before) + 10
     again = Ledger(tmp_path)
-    assert not again.trials[0].ended and (tmp_path / FILE).read_bytes() == before
+    assert not again.trials[0].ended
     again.end(0, "failed")
     again.close()
     assert Ledger(tmp_path).trials[0].state == "failed", "the new line does not stick to the one that was cut off"

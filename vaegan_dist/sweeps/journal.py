@@ -59,23 +59,18 @@ class FileJournal:
         return f"{self.path} line {number + 1}"
 
     def read(self) -> list[bytes]:
-        """Every line; one that a crash cut short was never acted upon and is dropped."""
-        if not self.path.exists():
-            return []
-        *lines, rest = self.path.read_bytes().split(b"\n")
-        if rest:
-            with self.path.open("r+b") as file:
-                file.truncate(self.path.stat().st_size - len(rest))
-        return lines
+        """Every line, but for a last one that a crash cut short, and was never acted upon, or that is being written."""
+        return self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
 
     def begin(self) -> list[bytes]:
         """The lock on the sweep's folder keeps others away."""
         return []
 
     def append(self, line: bytes) -> None:
-        """Write and sync. After a failure the file is let go of; what stands of the line, the next `read` drops."""
+        """Write and sync. After a failure the file is let go of; what stands of the line, the next `append` cuts off."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._cut_off_rest()
             # Without a buffer: closing must not write a line that has been said not to stand.
             self._file = io.FileIO(self.path, "a")
         try:
@@ -88,6 +83,11 @@ class FileJournal:
                 self.close()
             self._file = None
             raise
+
+    def _cut_off_rest(self) -> None:
+        """End the file with its last whole line. Only who writes may: to others a line under way looks the same."""
+        if self.path.is_file() and (rest := self.path.read_bytes().rpartition(b"\n")[2]):
+            os.truncate(self.path, self.path.stat().st_size - len(rest))
 
     def check_owner(self) -> None:
         """The lock on the sweep's folder keeps others away."""
