@@ -54,6 +54,12 @@ LABEL org.opencontainers.image.title="vaegan-dist" \
       org.opencontainers.image.documentation="${SOURCE}/docs/kubernetes.md" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/vaegan /opt/vaegan
+# Where a GPU kernel of training.fused_norms or training.compile first runs, Triton compiles what starts it.
+ARG VARIANT
+USER 0
+# hadolint ignore=DL3008
+RUN test "${VARIANT}" = cpu || command -v gcc || command -v clang \
+    || { apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; }
 # Ray starts a job's command in the folder where `ray start` ran, so `python jobs/train.py` is found from here.
 WORKDIR /opt/vaegan/app
 COPY jobs jobs

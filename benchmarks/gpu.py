@@ -31,6 +31,7 @@ from vaegan_dist.training.memory import is_out_of_memory
 
 BF16, FP32 = "training.mixed_precision=bf16", "training.mixed_precision=no"
 GRAPHS, EACH = "training.cuda_graphs=true", "training.cuda_graphs=false"
+TORCH_NORMS = "training.fused_norms=false"
 WARM_UP = 12  # steps; graphs are captured in them
 WARM_KINDS = 5  # of each kind of step, where a turn has several kinds
 TURN_SECONDS = 0.12  # what the steps of one turn take together
@@ -178,6 +179,8 @@ def modes(*wanted: str) -> tuple[Mode, ...]:
         Mode("bf16", (BF16, plain, EACH)),
         Mode("fp32", (FP32, plain, EACH)),
         Mode("bf16, graphs", (BF16, plain, GRAPHS)),
+        Mode("bf16, torch's norms", (BF16, plain, EACH, TORCH_NORMS)),
+        Mode("bf16, torch's norms, graphs", (BF16, plain, GRAPHS, TORCH_NORMS)),
         Mode("bf16, compile=default", (BF16, plain, EACH, "training.compile=default"), compiled=True),
         Mode("bf16, compile=reduce-overhead", (BF16, plain, EACH, "training.compile=reduce-overhead"), compiled=True),
         Mode("bf16, compile=default, graphs", (BF16, plain, "training.compile=default", GRAPHS), compiled=True),
@@ -193,7 +196,9 @@ def modes(*wanted: str) -> tuple[Mode, ...]:
 
 
 OURS = ("bf16", "fp32", "bf16, graphs")
-COMPILED = ("bf16, compile=default", "bf16, compile=default, graphs", "bf16, compile=reduce-overhead")
+NORMS = ("bf16, torch's norms", "bf16, torch's norms, graphs")
+COMPILED = ("bf16, compile=default",)
+SMALL_COMPILED = ("bf16, compile=default, graphs", "bf16, compile=reduce-overhead")  # where launches count
 LAZILY = ("bf16, R1 every 16 steps", "bf16, R1 every 16 steps, graphs")
 BY_HAND, PYTHAE = "two phases by hand, bf16", "pythae VAEGAN, fp32"
 SMALL = ("preset as it is", "preset as it is, graphs")
@@ -208,15 +213,15 @@ def cases(quick: bool, tiny: bool) -> Iterator[Case]:
     stages = ("channels", "decoder_channels", "discriminator_channels")
     narrow = ("model.hidden=16", *(f"model.{name}=[8,8,8]" for name in stages)) if tiny else ()
     for batch in larsen:
-        fits_all = batch == larsen[-1] or not quick
-        lazily = LAZILY if fits_all else ()
-        peers = (BY_HAND, PYTHAE) if batch == larsen[0] else (BY_HAND,)
-        yield Case("larsen-64", LARSEN, batch, modes(*OURS, *lazily, *peers, *(COMPILED if fits_all else ())), narrow)
+        lazily = LAZILY if batch == larsen[-1] else ()
+        compiled = {larsen[0]: SMALL_COMPILED, larsen[-1]: COMPILED}.get(batch, ())
+        wanted = (*OURS, *NORMS, *lazily, BY_HAND, PYTHAE, *compiled)
+        yield Case("larsen-64", LARSEN, batch, modes(*wanted), narrow)
     shrunk = ("model.channels=[32,32,32,32]", "model.discriminator_channels=8") if tiny else ()
     picture = ImageShape(3, 64, 64) if tiny else ImageShape(3, 256, 256)
     started = ("objective.adversarial_start_images=0", *shrunk)
     for batch in kl:
-        wanted = ("bf16", "bf16, graphs") if quick else (*OURS, *COMPILED)
+        wanted = ("bf16", "bf16, graphs", *NORMS) if quick else (*OURS, *NORMS, *(COMPILED if batch == kl[0] else ()))
         yield Case("kl-f8-256", picture, batch, modes(*wanted), started)
     small = 8 if tiny else 128
     yield Case("digits-conv", ImageShape(1, 28, 28), small, modes(*SMALL), ("objective.r1=0",))
@@ -326,7 +331,8 @@ def look_inside(bench: Bench, made: Reference, mode: Mode, row: Row) -> None:
 
 def finish(bench: Bench, mode: Mode, row: Row, counted: dict[tuple[str, ...], float]) -> None:
     """What follows from the rest: captured and compiled steps do the operations of the plain step of their settings."""
-    key = (mode.peer, *sorted(s for s in mode.settings if "compile" not in s and s not in (GRAPHS, EACH)))
+    left_out = (GRAPHS, EACH, TORCH_NORMS)
+    key = (mode.peer, *sorted(s for s in mode.settings if "compile" not in s and s not in left_out))
     if row.error:
         return
     if row.gflop_per_image is not None:

@@ -53,8 +53,8 @@ def ours(preset: str, image: ImageShape, batch: int, *overrides: str, device: to
 
 
 def larsen(batch: int, device: torch.device = CPU) -> nn.ModuleDict:
-    """The networks that the peers train: those of the preset larsen-64, channels last."""
-    config = load_config("larsen-64", overrides=[f"training.batch_size={batch}"])
+    """The networks that the peers train: those of the preset larsen-64, channels last, with torch's group norms."""
+    config = load_config("larsen-64", overrides=[f"training.batch_size={batch}", "training.fused_norms=false"])
     return create_state(config, LARSEN, device, torch.float32).networks.requires_grad_(True)
 
 

@@ -1,16 +1,21 @@
 """Fixtures that every room's tests share."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from tests.needs import missing
 
 if TYPE_CHECKING:  # the server takes a second to import; most tests need none
     from tests.data.s3_server import Bucket
 
+# Triton decides when it is imported, by whatever test comes first: without a GPU its interpreter runs our kernels.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

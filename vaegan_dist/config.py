@@ -128,6 +128,9 @@ class TrainingSection(Section):
     cuda_graphs: bool | None = None
     """capture whole steps as CUDA graphs, but for those in which beta or the capacity moves (default: where one worker
     trains alone on a GPU, and compile is no or default)"""
+    fused_norms: bool | None = None
+    """group norms and their activations by kernels of this package, written in Triton (default: on a GPU where Triton
+    works, with channels_last, and not compiled)"""
     channels_last: bool = True
     """memory format of pictures and convolution weights"""
     torch_threads: Count = 0
@@ -140,11 +143,17 @@ class TrainingSection(Section):
     """factor on every learning rate for each rollback that the run has behind it"""
 
     @model_validator(mode="after")
-    def _captured_once(self) -> "TrainingSection":
+    def _fits_together(self) -> "TrainingSection":
         if self.cuda_graphs and self.compile not in ("no", "default"):
             raise ValueError(
                 f"compile={self.compile} captures CUDA graphs itself; set compile=default, or cuda_graphs to false"
             )
+        if self.fused_norms and self.compile != "no":
+            raise ValueError(
+                f"compile={self.compile} makes kernels for the norms itself; set compile=no, or leave fused_norms unset"
+            )
+        if self.fused_norms and not self.channels_last:
+            raise ValueError("fused_norms needs channels_last=true; set it, or leave fused_norms unset")
         return self
 
     @field_validator("mixed_precision", "compile", mode="before")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.gpu.steps import BATCH, VARIANTS, begin, config_of, pictures, trained
+from vaegan_dist.models.group_norm import GroupNorm
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 STEPS = 20
@@ -43,6 +44,19 @@ def test_captured_steps_are_the_plain_ones(variant: str, dtype: torch.dtype) -> 
     for name, value in plain.items():
         torch.testing.assert_close(
             captured[name], value, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("mlp", "batch-norm", "stabilised")])
+def test_fused_norms_are_torch_s(variant: str) -> None:
+    """In float64, whole steps; steps with penalties too, some of whose passes go by torch."""
+    plain, _ = trained(config_of(variant, "training.fused_norms=false"), "cuda", torch.float64, STEPS)
+    fused, step = trained(config_of(variant, "training.fused_norms=true"), "cuda", torch.float64, STEPS)
+    norms = [module for module in step.state.networks.modules() if isinstance(module, GroupNorm)]
+    assert norms and all(norm.fused for norm in norms)
+    for name, value in plain.items():
+        torch.testing.assert_close(
+            fused[name], value, rtol=1e-7, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vaegan_dist.models.precision import wide
 from vaegan_dist.models.stateful import Stateful
 
 MOMENTUM = 0.1  # torch's default, per branch
@@ -44,11 +45,11 @@ class BranchNorm(Stateful):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=EPS)
-        wide = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+        values = wide(x)
         dims = [0, *range(2, x.dim())]
         shape = [1, -1, *[1] * (x.dim() - 2)]
-        mean = _over_ranks(wide.mean(dims))
-        centred = wide - mean.view(shape)
+        mean = _over_ranks(values.mean(dims))
+        centred = values - mean.view(shape)
         # Two rounds of talk instead of E[x^2] - E[x]^2, which loses its digits where the mean is large.
         var = _over_ranks(centred.square().mean(dims))
         if self.weight.requires_grad and torch.is_grad_enabled():  # the network learns in this stage

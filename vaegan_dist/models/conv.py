@@ -6,10 +6,9 @@ from torch import Tensor, nn
 
 from vaegan_dist.config import ConvModel
 from vaegan_dist.errors import ConfigError
+from vaegan_dist.models.group_norm import SLOPE, convolved, normalised
 from vaegan_dist.models.layers import MinibatchStd, SelfAttention, conv2d, conv_transpose2d, linear, norm_layer
 from vaegan_dist.models.networks import Decoder, Discriminator, Encoder, ImageShape
-
-SLOPE = 0.2
 
 
 def _low_resolution(key: str, stages: int, image: ImageShape) -> tuple[int, int]:
@@ -71,16 +70,19 @@ class Down(Stage):
         padding = kernel // 2 if padding < 0 else padding
         self.conv = conv2d(norm, before, after, kernel, stride=stride, padding=padding)
         self.norm = norm_layer(norm, after)
-        self.activation = nn.LeakyReLU(SLOPE)
         self.attention = SelfAttention(after, norm) if attention else nn.Identity()
 
     def raw(self, x: Tensor) -> Tensor:
-        convolved: Tensor = self.conv(x)
-        return convolved
+        raw: Tensor = self.conv(x)
+        return raw
 
     def finish(self, raw: Tensor) -> Tensor:
-        activated: Tensor = self.attention(self.activation(self.norm(raw)))
-        return activated
+        finished: Tensor = self.attention(normalised(self.norm, raw, "leaky_relu"))
+        return finished
+
+    def forward(self, x: Tensor) -> Tensor:
+        finished: Tensor = self.attention(convolved(self.conv, self.norm, x, "leaky_relu"))
+        return finished
 
 
 class Up(nn.Module):
@@ -90,12 +92,11 @@ class Up(nn.Module):
         super().__init__()
         self.conv = conv_transpose2d(norm, before, after, kernel, stride=2, padding=kernel // 2, output_padding=1)
         self.norm = norm_layer(norm, after)
-        self.activation = nn.LeakyReLU(SLOPE)
         self.attention = SelfAttention(after, norm) if attention else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        activated: Tensor = self.attention(self.activation(self.norm(self.conv(x))))
-        return activated
+        finished: Tensor = self.attention(convolved(self.conv, self.norm, x, "leaky_relu"))
+        return finished
 
 
 class ConvEncoder(Encoder):
@@ -136,7 +137,7 @@ class ConvDecoder(Decoder):
         channels = [base, *stages]
         self.base = (base, height, width)
         self.stem = linear(model.norm, model.latent_dim, base * height * width)
-        self.stem_norm = nn.Sequential(norm_layer(model.norm, base), nn.LeakyReLU(SLOPE))
+        self.stem_norm = nn.ModuleList([norm_layer(model.norm, base)])
         self.stages = nn.Sequential(
             *(
                 Up(a, b, model.kernel_size, model.norm, attention=height << level in model.attention)
@@ -150,7 +151,7 @@ class ConvDecoder(Decoder):
         return self.head.weight
 
     def pre_image(self, z: Tensor) -> Tensor:
-        low = self.stem_norm(self.stem(z).view(-1, *self.base))
+        low = normalised(self.stem_norm[0], self.stem(z).view(-1, *self.base), "leaky_relu")
         pre_image: Tensor = self.head(self.stages(low))
         return pre_image
 

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from vaegan_dist.config import ConvModel, KlModel
 from vaegan_dist.errors import ConfigError
-from vaegan_dist.models.conv import SLOPE, Down, Stage, StagedDiscriminator
+from vaegan_dist.models.conv import Down, Stage, StagedDiscriminator
+from vaegan_dist.models.group_norm import SLOPE, convolved
 from vaegan_dist.models.layers import MinibatchStd, SelfAttention, conv2d, linear, norm_layer
 from vaegan_dist.models.networks import ImageShape
 
@@ -63,8 +64,8 @@ class FromPicture(Stage):
         self.conv = conv2d(norm, before, after, 1)
 
     def raw(self, x: Tensor) -> Tensor:
-        convolved: Tensor = self.conv(x)
-        return convolved
+        raw: Tensor = self.conv(x)
+        return raw
 
     def finish(self, raw: Tensor) -> Tensor:
         return F.leaky_relu(raw, SLOPE)
@@ -84,8 +85,8 @@ class ResidualStage(Stage):
         self.attention = SelfAttention(after, norm) if attention else nn.Identity()
 
     def raw(self, x: Tensor) -> Tensor:
-        hidden = F.leaky_relu(self.norm1(self.conv1(x)), SLOPE)
-        hidden = F.avg_pool2d(F.leaky_relu(self.norm2(self.conv2(hidden)), SLOPE), 2)
+        hidden = convolved(self.conv1, self.norm1, x, "leaky_relu")
+        hidden = F.avg_pool2d(convolved(self.conv2, self.norm2, hidden, "leaky_relu"), 2)
         beside: Tensor = self.shortcut(F.avg_pool2d(x, 2))
         return (hidden + beside) * math.sqrt(0.5)
 

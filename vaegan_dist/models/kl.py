@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from vaegan_dist.config import KlModel
 from vaegan_dist.errors import ConfigError
+from vaegan_dist.models.group_norm import GroupNorm, convolved
 from vaegan_dist.models.networks import Decoder, Encoder, ImageShape
+from vaegan_dist.models.precision import without_autocast
 
 NORM_EPS = 1e-6
 
@@ -32,8 +34,8 @@ def latent_size(model: KlModel, image: ImageShape) -> tuple[int, int, int]:
     return model.latent_channels, image.height >> halvings, image.width >> halvings
 
 
-def _norm(model: KlModel, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(model.norm_groups, channels, eps=NORM_EPS)
+def _norm(model: KlModel, channels: int) -> GroupNorm:
+    return GroupNorm(model.norm_groups, channels, eps=NORM_EPS)
 
 
 class ResnetBlock(nn.Module):
@@ -48,8 +50,8 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(before, after, 1) if before != after else None
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.conv1(F.silu(self.norm1(x)))
-        changed: Tensor = self.conv2(F.silu(self.norm2(hidden)))
+        hidden = convolved(self.conv1, self.norm2, self.norm1(x, "silu"), "silu")
+        changed: Tensor = self.conv2(hidden)
         same: Tensor = x if self.conv_shortcut is None else self.conv_shortcut(x)
         return same + changed
 
@@ -93,8 +95,10 @@ class Upsampler(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        doubled: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return doubled
+        with without_autocast(x):  # which would widen the picture, and gain nothing
+            doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
+        convolved: Tensor = self.conv(doubled)
+        return convolved
 
 
 class Block(nn.Module):
@@ -149,7 +153,7 @@ class KlEncoder(Encoder):
         hidden = self.conv_in(x)
         for block in self.down_blocks:
             hidden = block(hidden)
-        hidden = self.conv_out(F.silu(self.conv_norm_out(self.mid_block(hidden))))
+        hidden = self.conv_out(self.conv_norm_out(self.mid_block(hidden), "silu"))
         mu, logvar = self.quant_conv(hidden).chunk(2, dim=1)
         return mu, logvar
 
@@ -181,5 +185,5 @@ class KlDecoder(Decoder):
         hidden = self.mid_block(self.conv_in(self.post_quant_conv(z)))
         for block in self.up_blocks:
             hidden = block(hidden)
-        picture: Tensor = self.conv_out(F.silu(self.conv_norm_out(hidden)))
+        picture: Tensor = self.conv_out(self.conv_norm_out(hidden, "silu"))
         return picture

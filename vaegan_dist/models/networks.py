@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from vaegan_dist.config import NetworkName
+from vaegan_dist.models.group_norm import twice_differentiable
+from vaegan_dist.models.precision import wide
 
 LOGVAR_RANGE = (-30.0, 20.0)  # exp stays finite in float32 and bfloat16
 # The passes of each network, for which compiled code may stand in, set on the instance.
@@ -30,18 +32,14 @@ class ImageShape:
         return f"{self.channels}x{self.height}x{self.width}"
 
 
-def wide(tensor: Tensor) -> Tensor:
-    """At least float32: losses do not sum in a half precision."""
-    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
-
-
 @contextmanager
 def as_written(discriminator: nn.Module, wanted: bool = True) -> Iterator[None]:
-    """Let a discriminator's own code run where compiled code stands in for it, which cannot be differentiated twice."""
+    """Let a discriminator's own code run where compiled code or kernels stand in: they are differentiated but once."""
     own = discriminator.__dict__
     aside = {name: own.pop(name) for name in PASSES["discriminator"] if wanted and name in own}
     try:
-        yield
+        with twice_differentiable(wanted):
+            yield
     finally:
         own.update(aside)
 

@@ -5,12 +5,11 @@ any order. What it does to which picture is a function of the noise that the ste
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
-from vaegan_dist.models.networks import wide
+from vaegan_dist.models.precision import wide, without_autocast
 from vaegan_dist.objectives.base import uniform
 
 NUMBERS = 7  # brightness, saturation, contrast, translation (rows, columns), cutout (rows, columns)
@@ -54,8 +53,7 @@ def _color(x: Tensor, brightness: Tensor, saturation: Tensor, contrast: Tensor) 
 def _translate(x: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """Shift each picture; what comes in is 0, the middle grey."""
     down, right = (_shift_matrix(share, size, x.dtype) for share, size in ((rows, x.shape[2]), (columns, x.shape[3])))
-    # A half precision would round the picture; the meta device, on which costs are counted, has no autocast.
-    with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):  # a half precision would round the picture
         return down.unsqueeze(1) @ x @ right.transpose(1, 2).unsqueeze(1)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vaegan_dist.config import ObjectiveSection
 from vaegan_dist.errors import ConfigError
-from vaegan_dist.models.networks import wide
+from vaegan_dist.models.precision import wide
 
 KEY = "objective.perceptual_network"
 

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from vaegan_dist.models import Discriminator
-from vaegan_dist.models.networks import as_written, wide
+from vaegan_dist.models.networks import as_written
+from vaegan_dist.models.precision import wide
 from vaegan_dist.objectives.adversarial import AdversarialLoss
 from vaegan_dist.objectives.augment import View
 from vaegan_dist.objectives.base import Terms

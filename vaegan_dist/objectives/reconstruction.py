@@ -5,7 +5,8 @@ from torch.nn import functional as F
 
 from vaegan_dist.config import ObjectiveSection
 from vaegan_dist.errors import ConfigError
-from vaegan_dist.models.networks import Decoder, wide
+from vaegan_dist.models.networks import Decoder
+from vaegan_dist.models.precision import wide
 
 
 def pixel_loss(kind: str, decoder: Decoder, pre_image: Tensor, x: Tensor) -> Tensor:

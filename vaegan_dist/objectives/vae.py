@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from vaegan_dist.config import ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
-from vaegan_dist.models.networks import wide
+from vaegan_dist.models.precision import wide
 from vaegan_dist.objectives.base import LATENT, Objective, Terms
 from vaegan_dist.objectives.divergence import beta_at, weighted_kl
 from vaegan_dist.objectives.perceptual import build_perceptual

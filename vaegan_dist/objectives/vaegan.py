@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from vaegan_dist.config import NetworkName, ObjectiveSection, Phase
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import Posterior
-from vaegan_dist.models.networks import as_written, wide
+from vaegan_dist.models.networks import as_written
+from vaegan_dist.models.precision import wide
 from vaegan_dist.objectives import equilibrium, lecam
 from vaegan_dist.objectives.adversarial import LOSSES
 from vaegan_dist.objectives.augment import NUMBERS, View, view_of

@@ -10,7 +10,7 @@ from vaegan_dist.training.state import create_state
 from vaegan_dist.training.step import Step
 
 # Settings that a step is refused for without a GPU, as one is that the driver makes for a trial that has one.
-PLAIN = {"training.cuda_graphs": None, "training.compile": "no"}
+PLAIN = {"training.cuda_graphs": None, "training.fused_norms": None, "training.compile": "no"}
 
 
 def last_step(config: Config, manifest: Manifest) -> Step:

@@ -25,6 +25,7 @@ MAY_CHANGE = (
     "data.cache_bytes",
     "training.torch_threads",
     "training.cuda_graphs",
+    "training.fused_norms",
     "training.max_skipped_steps",
     "training.gradient_accumulation_steps",
     "training.max_rollbacks",

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vaegan_dist.config import NETWORK_NAMES, Config, NetworkName, Phase
 from vaegan_dist.data.loader import Position
 from vaegan_dist.models import ImageShape, build_networks
+from vaegan_dist.models.group_norm import fuse_norms
 
 EMA_NETWORKS: tuple[NetworkName, ...] = ("encoder", "decoder")
 
@@ -131,6 +132,8 @@ def create_state(config: Config, image: ImageShape, device: torch.device, dtype:
     networks = build_networks(config.model, image, seed=config.run.seed).to(device=device, dtype=dtype)
     if config.training.channels_last:
         networks = networks.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    possible = config.training.channels_last and config.training.compile == "no"
+    fuse_norms(networks, config.training.fused_norms if possible else False, device)
     ema = nn.ModuleDict({name: copy.deepcopy(networks[name]) for name in EMA_NETWORKS}).requires_grad_(False).eval()
     optimizers = {name: make_optimizer(config, networks, name) for name in NETWORK_NAMES if name in networks}
     return TrainState(config, image, networks, ema, optimizers, Progress())
