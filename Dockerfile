@@ -54,7 +54,7 @@ LABEL org.opencontainers.image.title="vaegan-dist" \
       org.opencontainers.image.documentation="${SOURCE}/docs/kubernetes.md" \
       org.opencontainers.image.licenses="Apache-2.0"
 COPY --from=build /opt/vaegan /opt/vaegan
-# Where a GPU kernel of training.fused_norms or training.compile first runs, Triton compiles what starts it.
+# Triton needs a C compiler when a job runs, for what starts its kernels (training.fused_norms, training.compile).
 ARG VARIANT
 USER 0
 # hadolint ignore=DL3008

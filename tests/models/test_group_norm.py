@@ -3,19 +3,21 @@
 import logging
 from collections.abc import Iterator
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.gpu.steps import config_of, trained
+from tests.gpu.steps import IMAGE, config_of, trained
 from tests.needs import missing
 from vaegan_dist.config_source import load_config
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import group_norm
 from vaegan_dist.models.group_norm import SLOPE, GroupNorm, _Launch, fuse_norms, fused_group_norm, twice_differentiable
 from vaegan_dist.models.networks import as_written
+from vaegan_dist.training.state import create_state
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ACTIVATIONS = {"none": lambda u: u, "leaky_relu": lambda u: F.leaky_relu(u, SLOPE), "silu": F.silu}
@@ -95,17 +97,23 @@ def test_other_layouts_and_frozen_parts() -> None:
     given = inputs((2, 12, 6, 5), torch.float64, pre=True)
     x, weight, bias, pre, gradient = given
     expected = textbook(given, 3, "leaky_relu")
-    off = torch.empty(x.numel() + 1, dtype=x.dtype, device=DEVICE)[1:].view(2, 6, 5, 12).permute(0, 3, 1, 2)
-    off.copy_(x.detach())
-    for pictures in (x.detach().contiguous(), x.detach().to(memory_format=torch.channels_last), off):
+    for pictures in (x.detach().contiguous(), x.detach().to(memory_format=torch.channels_last), off_grid(x)):
         pictures.requires_grad_()
-        y = fused_group_norm(pictures, weight.detach(), bias.detach(), 3, 1e-5, "leaky_relu", pre.detach())
-        for towards in (gradient, gradient.to(memory_format=torch.channels_last)):
-            (dx,) = torch.autograd.grad(y, pictures, towards, retain_graph=True)
-            assert distance(y, expected[0]) < 1e-13 and distance(dx, expected[1]) < 1e-13
+        for added in (pre.detach(), off_grid(pre)):
+            y = fused_group_norm(pictures, weight.detach(), bias.detach(), 3, 1e-5, "leaky_relu", added)
+            for towards in (gradient, gradient.to(memory_format=torch.channels_last), off_grid(gradient)):
+                (dx,) = torch.autograd.grad(y, pictures, towards, retain_graph=True)
+                assert distance(y, expected[0]) < 1e-13 and distance(dx, expected[1]) < 1e-13
     broadcast = torch.ones((), dtype=x.dtype, device=DEVICE).expand(y.shape)
     dx, plain = (torch.autograd.grad(result, leaf, broadcast)[0] for result, leaf in _both(x, weight, bias))
     assert distance(dx, plain) < 1e-13
+
+
+def off_grid(tensor: Tensor) -> Tensor:
+    """The same one number further on in memory, pictures with channels last."""
+    last = tensor.detach().movedim(1, -1) if tensor.dim() == 4 else tensor.detach()
+    moved = torch.empty(last.numel() + 1, dtype=last.dtype, device=last.device)[1:].view(last.shape).copy_(last)
+    return moved.movedim(-1, 1) if tensor.dim() == 4 else moved
 
 
 def _both(x: Tensor, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -136,7 +144,7 @@ def _fuses_anywhere(norm: GroupNorm, x: Tensor) -> bool:
     return norm.fused and x.dim() == 4 and not x.is_meta and not group_norm._plain.get()
 
 
-@pytest.mark.parametrize("variant", ["larsen", "lazy-r1", "residual", "latent-diffusion"])
+@pytest.mark.parametrize("variant", ["larsen", "lazy-r1", "wasserstein", "residual", "latent-diffusion"])
 def test_steps_train_alike(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole steps in float64: graphs that are walked twice, frozen networks, penalties, an adaptive weight."""
     called = []
@@ -145,11 +153,11 @@ def test_steps_train_alike(variant: str, monkeypatch: pytest.MonkeyPatch) -> Non
         called.append(arguments)
         return fused_group_norm(*arguments)  # type: ignore[arg-type]
 
-    plain, _ = trained(config_of(variant, "training.fused_norms=false"), str(DEVICE), torch.float64, 2)
-    assert not called
     monkeypatch.setattr(GroupNorm, "fuses", _fuses_anywhere)
     monkeypatch.setattr(group_norm, "fused_group_norm", counted)
     monkeypatch.setattr("vaegan_dist.training.state.fuse_norms", _fuse_all)
+    plain, _ = trained(config_of(variant, "training.fused_norms=false"), str(DEVICE), torch.float64, 2)
+    assert not called
     fused, _ = trained(config_of(variant), str(DEVICE), torch.float64, 2)
     assert called
     for name, value in plain.items():
@@ -182,9 +190,48 @@ def test_settings(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     assert norms[0].fused
     fuse_norms(norms, False, torch.device("cuda"))
     assert not norms[0].fused
+    wanted = []
+    monkeypatch.setattr("vaegan_dist.training.state.fuse_norms", lambda networks, wish, device: wanted.append(wish))
     for other in ("training.channels_last=false", "training.compile=default"):
         with pytest.raises(ConfigError, match="fused_norms"):
             load_config("larsen-64", overrides=["training.fused_norms=true", other])
+        create_state(config_of("larsen", other), IMAGE, DEVICE, torch.float32)
+    create_state(config_of("larsen"), IMAGE, DEVICE, torch.float32)
+    assert wanted == [False, False, None]
+
+
+def test_what_is_fused() -> None:
+    norm = GroupNorm(2, 8)
+    norm.fused = True
+
+    def asked(*shape: int, norm: GroupNorm = norm, **other: object) -> bool:
+        given = {"is_cuda": True, "dtype": torch.bfloat16, "shape": shape, "dim": lambda: len(shape)}
+        return norm.fuses(SimpleNamespace(**given | other))  # type: ignore[arg-type]
+
+    assert asked(1, 8, 4, 4) and asked(1, 3, 4, 4)
+    assert not asked(1, 8, 4, 4, is_cuda=False) and not asked(1, 8, 4, 4, dtype=torch.int64)
+    assert not asked(1, 8) and not asked(0, 8, 4, 4) and not asked(1, 8, 2**14, 2**14)
+    wide = GroupNorm(1, 4096)
+    wide.fused = True
+    assert not asked(1, 8, 4, 4, norm=wide)
+    with twice_differentiable():
+        assert not asked(1, 8, 4, 4)
+    norm.fused = False
+    assert not asked(1, 8, 4, 4)
+
+
+def test_why_kernels_cannot_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    check = group_norm._why_not.__wrapped__
+    with torch.no_grad():
+        assert check(DEVICE) == ""
+
+    def broken(*arguments: object) -> Tensor:
+        raise RuntimeError("Failed to find C compiler.\nPlease specify one")
+
+    monkeypatch.setattr(group_norm, "fused_group_norm", broken)
+    assert check(DEVICE) == "Failed to find C compiler."
+    monkeypatch.setattr(group_norm, "fused_group_norm", lambda x, *others: x)
+    assert "not close" in check(DEVICE)
 
 
 def test_only_aligned_tensors_take_the_short_way() -> None:

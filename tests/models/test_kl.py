@@ -10,6 +10,7 @@ from vaegan_dist.config import KlModel
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models import ImageShape, build_networks, latent_shape
 from vaegan_dist.models.diffusers_layout import diffusers_config, from_diffusers, to_diffusers
+from vaegan_dist.models.kl import Upsampler
 
 SMALL = KlModel(
     channels=(8, 12, 16), norm_groups=4, layers_per_block=1, discriminator_channels=4, discriminator_layers=2
@@ -132,3 +133,18 @@ def test_what_does_not_fit(model, image, words):
     with pytest.raises(ConfigError) as error:
         build_networks(model, image, seed=0)
     assert "\n" not in str(error.value) and all(word in str(error.value) for word in words)
+
+
+def test_doubling_keeps_the_precision_under_autocast(monkeypatch):
+    """Autocast on a GPU would widen the picture, which is four times as large afterwards, for nothing."""
+    seen = []
+
+    def interpolate(x, **options):
+        seen.append((x.dtype, torch.is_autocast_enabled("cpu")))
+        return original(x, **options)
+
+    original = torch.nn.functional.interpolate
+    monkeypatch.setattr("vaegan_dist.models.kl.F.interpolate", interpolate)
+    with torch.autocast("cpu", torch.bfloat16):
+        Upsampler(4)(torch.zeros(1, 4, 3, 3, dtype=torch.bfloat16))
+    assert seen == [(torch.bfloat16, False)]

@@ -200,3 +200,11 @@ def test_options_that_do_not_fit(model, words):
         build_networks(model, ImageShape(1, 28, 28), seed=0)
     assert "\n" not in str(error.value)
     assert all(word in str(error.value) for word in words)
+
+
+def test_minibatch_deviation_of_a_half_precision():
+    """Statistics in float32: in bfloat16 the small differences of a group would be lost beside its mean."""
+    x = (100 + torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(0))).bfloat16()
+    spread = MinibatchStd(4)(x)
+    assert spread.dtype == torch.bfloat16 and torch.equal(spread[:, :3], x)
+    torch.testing.assert_close(spread[:, 3], MinibatchStd(4)(x.float())[:, 3].bfloat16())

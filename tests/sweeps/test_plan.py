@@ -14,7 +14,12 @@ SETTINGS = SweepSettings.model_validate({"metric": "loss_rec", "space": {"object
 
 @pytest.mark.parametrize(
     "setting",
-    ["training.cuda_graphs=true", "training.compile=reduce-overhead", "training.compile=max-autotune"],
+    [
+        "training.cuda_graphs=true",
+        "training.fused_norms=true",
+        "training.compile=reduce-overhead",
+        "training.compile=max-autotune",
+    ],
 )
 def test_what_only_a_gpu_can_do_is_left_to_the_trials(digits: Path, tmp_path: Path, setting: str) -> None:
     config = config_of(digits, tmp_path, "cluster.gpus_per_worker=1", setting)

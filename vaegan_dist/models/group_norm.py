@@ -27,6 +27,7 @@ WIDEST = 2048  # channels that a program can hold
 TILE = 4096  # numbers that a program holds at a time
 PROGRAMS = 2048  # to be under way at a time: some for each multiprocessor
 MOST_CHUNKS, MOST_PARTS = 128, 8192  # of a picture; of a group, with its channels
+LARGEST = 2**29  # numbers in a picture; a transposed convolution makes four times as many, which 32 bits still address
 ALIGNED = 16  # bytes, by which Triton tells addresses apart
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -66,13 +67,15 @@ class GroupNorm(nn.GroupNorm):
         return fused_group_norm(x, self.weight, self.bias, self.num_groups, self.eps, activation, pre)
 
     def fuses(self, x: Tensor) -> bool:
-        """Whether the kernels are to be used for `x`."""
+        """Whether the kernels are to be used for `x`, or for what a convolution makes of it."""
         return (
             self.fused
             and x.is_cuda
             and x.dim() == 4
             and x.dtype in FLOATS
-            and x.shape[1] <= WIDEST
+            and self.num_channels <= WIDEST
+            and x.shape[0] * x.shape[2] * x.shape[3] > 0
+            and x.shape[2] * x.shape[3] * self.num_channels <= LARGEST
             and not _plain.get()
             and not torch.compiler.is_compiling()  # which has kernels of its own
         )
@@ -95,18 +98,20 @@ def normalised(norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:
 
 def convolved(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module, x: Tensor, activation: Activation) -> Tensor:
     """Convolution, norm (or none) and activation."""
-    if isinstance(norm, GroupNorm) and norm.fuses(x) and conv.bias is not None:
+    plain = type(conv) in (nn.Conv2d, nn.ConvTranspose2d) and conv.bias is not None
+    if plain and isinstance(norm, GroupNorm) and norm.fuses(x):
         done: Tensor = norm(_without_bias(conv, x), activation, conv.bias)
         return done
     return normalised(norm, conv(x), activation)
 
 
 def _without_bias(conv: nn.Conv2d | nn.ConvTranspose2d, x: Tensor) -> Tensor:
+    if isinstance(conv, nn.Conv2d):
+        done: Tensor = conv._conv_forward(x, conv.weight, None)
+        return done
     assert not isinstance(conv.padding, str)
-    if isinstance(conv, nn.ConvTranspose2d):
-        shape = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
-        return F.conv_transpose2d(x, conv.weight, None, *shape)
-    return F.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+    shape = conv.stride, conv.padding, conv.output_padding, conv.groups, conv.dilation
+    return F.conv_transpose2d(x, conv.weight, None, *shape)
 
 
 def fuse_norms(networks: nn.Module, wanted: bool | None, device: torch.device) -> None:
@@ -132,13 +137,16 @@ def fuse_norms(networks: nn.Module, wanted: bool | None, device: torch.device) -
 
 
 @functools.cache
+@torch.enable_grad()
 def _why_not(device: torch.device) -> str:
     """Why the kernels cannot be compiled and run on this device, in one line; nothing if they can."""
-    x = torch.arange(72.0, device=device).sin().view(2, 4, 3, 3).requires_grad_()
-    weight, bias = torch.ones(4, device=device), torch.zeros(4, device=device)
-    expected = F.silu(F.group_norm(x, 1))
-    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    if torch.version.hip:
+        return "nobody has tried them with ROCm yet"
     try:
+        x = torch.arange(72.0, device=device).sin().view(2, 4, 3, 3).requires_grad_()
+        weight, bias = torch.ones(4, device=device), torch.zeros(4, device=device)
+        expected = F.silu(F.group_norm(x, 1))
+        (gradient,) = torch.autograd.grad(expected.square().sum(), x)
         for _ in range(2):  # the second time on another way
             y = fused_group_norm(x, weight, bias, 1, 1e-5, "silu", None)
             torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
@@ -253,6 +261,7 @@ class _Fused(torch.autograd.Function):
         eps: float,
         activation: Activation,
     ) -> Tensor:
+        assert bias.dtype == weight.dtype and (pre is None or pre.dtype == weight.dtype)
         x = x.contiguous(memory_format=torch.channels_last)
         shape, has_pre = tuple(x.shape), pre is not None
         plan = _plan(_Kind(shape, groups, eps, activation, has_pre, x.dtype, weight.dtype, x.device))  # type: ignore[arg-type]

@@ -18,15 +18,15 @@ import torch
 import triton
 import triton.language as tl
 
-NONE, LEAKY_RELU, SILU = 0, 1, 2  # kinds of activation
+NONE, LEAKY_RELU, SILU = 0, 1, 2  # kinds of activation; kernels know no names from outside
 WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}  # what sums are kept in
 
 
 @triton.jit
 def _activated(u, KIND: tl.constexpr, SLOPE: tl.constexpr):
-    if KIND == 1:
+    if KIND == 1:  # LEAKY_RELU
         u = tl.where(u > 0, u, u * SLOPE)
-    elif KIND == 2:
+    elif KIND == 2:  # SILU
         u = u / (1 + tl.exp(-u))
     return u
 

@@ -97,8 +97,8 @@ class Upsampler(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         with without_autocast(x):  # which would widen the picture, and gain nothing
             doubled = F.interpolate(x, scale_factor=2.0, mode="nearest")
-        convolved: Tensor = self.conv(doubled)
-        return convolved
+        larger: Tensor = self.conv(doubled)
+        return larger
 
 
 class Block(nn.Module):

@@ -67,7 +67,7 @@ class FileJournal:
         return []
 
     def append(self, line: bytes) -> None:
-        """Write and sync. After a failure the file is let go of; what stands of the line, the next `append` cuts off."""
+        """Write and sync. After a failure the file is let go of; what stands of the line is cut off by the next one."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._cut_off_rest()
@@ -85,7 +85,7 @@ class FileJournal:
             raise
 
     def _cut_off_rest(self) -> None:
-        """End the file with its last whole line. Only who writes may: to others a line under way looks the same."""
+        """End the file with its last whole line. To those who only look, a line under way would seem to be torn."""
         if self.path.is_file() and (rest := self.path.read_bytes().rpartition(b"\n")[2]):
             os.truncate(self.path, self.path.stat().st_size - len(rest))
 
