@@ -1,8 +1,12 @@
 """The kernels of the group norm: by Triton's interpreter on the CPU (see conftest.py), or compiled for a GPU."""
 
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -246,6 +250,20 @@ def test_only_aligned_tensors_take_the_short_way() -> None:
     for aligned in (False, True, True, False):
         launch(aligned)
     assert started == ["looked at", "looked at", "at once", "looked at"]
+
+
+def test_a_compiler_takes_the_kernels(tmp_path: Path) -> None:
+    """The interpreter runs what no GPU could; Triton's compiler needs none."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.models.compile_kernels"],
+        env=kept | {"TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) == 12
 
 
 def test_nested_requests_stay() -> None:
