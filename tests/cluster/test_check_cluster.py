@@ -5,11 +5,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+
+from vaegan_dist.cluster import node_probe
+from vaegan_dist.cluster.check_cluster import NodeReport, Report, _compare
 
 pytestmark = pytest.mark.ray
 
@@ -30,6 +34,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     finally:
         made.shutdown()
         ray.shutdown()
+
+
+def test_a_node_without_a_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Only where it has GPUs; the probe looks where Triton does."""
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    facts = replace(node_probe.node_facts("10.0.0.1"), gpus=("NVIDIA H100",))
+    assert "a C compiler (gcc or clang)" in facts.missing
+    for gpus, expected in ((facts.gpus, 1), ((), 0)):
+        report = Report([NodeReport(replace(facts, gpus=gpus), True, 0.0)])
+        _compare(report)
+        assert sum("node 10.0.0.1: Triton does not find a C compiler" in line for line in report.warnings) == expected
+    (tmp_path / "gcc").touch(0o755)
+    assert "a C compiler (gcc or clang)" not in node_probe.node_facts("10.0.0.1").missing
 
 
 def asked(cluster: Cluster, *arguments: str) -> "subprocess.CompletedProcess[str]":

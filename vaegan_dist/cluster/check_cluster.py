@@ -234,6 +234,11 @@ def _compare(report: Report) -> None:
                 f"{where}: /dev/shm has {node.facts.shm / node_probe.MIB:.0f} MiB; reader processes "
                 f"(data.loader_workers) want 1 GiB or more"
             )
+        if node.facts.gpus and node.facts.missing:
+            report.warnings.append(
+                f"{where}: Triton does not find {' and '.join(node.facts.missing)}, and group norms go by torch, which "
+                f"takes about twice as long in bfloat16; install what is missing"
+            )
     kinds = {node.facts.gpus: node.facts.address for node in report.nodes if node.trains}
     if len(kinds) > 1:
         each = "; ".join(f"{address} has {_gpus(gpus)}" for gpus, address in kinds.items())

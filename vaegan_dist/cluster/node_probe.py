@@ -9,6 +9,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sysconfig
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -27,7 +28,13 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node has. Sizes in bytes; `packages` maps each installed distribution to its version."""
+    """What a node has.
+
+    Attributes:
+        memory, shm: bytes.
+        missing: what Triton needs to compile kernels for a GPU, and does not find.
+        packages: each installed distribution and its version.
+    """
 
     host: str
     address: str
@@ -36,6 +43,7 @@ class NodeFacts:
     shm: int
     gpus: tuple[str, ...]
     driver: str
+    missing: tuple[str, ...]
     packages: dict[str, str]
 
 
@@ -67,6 +75,7 @@ def node_facts(address: str) -> NodeFacts:
         shm=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0,
         gpus=gpus,
         driver=_driver() if gpus else "",
+        missing=_missing_for_kernels(),
         packages=_packages(),
     )
 
@@ -85,6 +94,15 @@ def _driver() -> str:
     except (OSError, subprocess.SubprocessError):
         return "unknown"
     return done.stdout.split("\n", 1)[0].strip()
+
+
+def _missing_for_kernels() -> tuple[str, ...]:
+    missing = []
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing.append("a C compiler (gcc or clang)")
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        missing.append("Python's headers (Python.h)")
+    return tuple(missing)
 
 
 def _packages() -> dict[str, str]:
