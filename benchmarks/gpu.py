@@ -50,15 +50,18 @@ class Mode:
     Attributes:
         settings: overrides of the configuration.
         peer: instead of the product's own step, `two_phase` or `pythae` on its networks.
-        compiled: takes long to begin.
         at_once: steps of a turn; 0: as many as fill it.
     """
 
     name: str
     settings: tuple[str, ...] = ()
     peer: str = ""
-    compiled: bool = False
     at_once: int = 0
+
+    @property
+    def compiled(self) -> bool:
+        """It takes long to begin."""
+        return any(setting.startswith("training.compile=") for setting in self.settings)
 
     @property
     def graphs(self) -> bool:
@@ -181,9 +184,9 @@ def modes(*wanted: str) -> tuple[Mode, ...]:
         Mode("bf16, graphs", (BF16, plain, GRAPHS)),
         Mode("bf16, torch's norms", (BF16, plain, EACH, TORCH_NORMS)),
         Mode("bf16, torch's norms, graphs", (BF16, plain, GRAPHS, TORCH_NORMS)),
-        Mode("bf16, compile=default", (BF16, plain, EACH, "training.compile=default"), compiled=True),
-        Mode("bf16, compile=reduce-overhead", (BF16, plain, EACH, "training.compile=reduce-overhead"), compiled=True),
-        Mode("bf16, compile=default, graphs", (BF16, plain, "training.compile=default", GRAPHS), compiled=True),
+        Mode("bf16, compile=default", (BF16, plain, EACH, "training.compile=default")),
+        Mode("bf16, compile=reduce-overhead", (BF16, plain, EACH, "training.compile=reduce-overhead")),
+        Mode("bf16, compile=default, graphs", (BF16, plain, "training.compile=default", GRAPHS)),
         Mode("bf16, R1 every 16 steps", (BF16, EACH), at_once=LAZY),
         Mode("bf16, R1 every 16 steps, graphs", (BF16, GRAPHS), at_once=LAZY),
         Mode("preset as it is", (EACH,)),

@@ -137,7 +137,7 @@ class ConvDecoder(Decoder):
         channels = [base, *stages]
         self.base = (base, height, width)
         self.stem = linear(model.norm, model.latent_dim, base * height * width)
-        self.stem_norm = nn.ModuleList([norm_layer(model.norm, base)])
+        self.stem_norm = nn.ModuleList([norm_layer(model.norm, base)])  # stem_norm.0 in checkpoints
         self.stages = nn.Sequential(
             *(
                 Up(a, b, model.kernel_size, model.norm, attention=height << level in model.attention)

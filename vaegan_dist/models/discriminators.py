@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from vaegan_dist.config import ConvModel, KlModel
 from vaegan_dist.errors import ConfigError
 from vaegan_dist.models.conv import Down, Stage, StagedDiscriminator
-from vaegan_dist.models.group_norm import SLOPE, convolved
+from vaegan_dist.models.group_norm import SLOPE, activated, convolved
 from vaegan_dist.models.layers import MinibatchStd, SelfAttention, conv2d, linear, norm_layer
 from vaegan_dist.models.networks import ImageShape
 
@@ -68,7 +68,7 @@ class FromPicture(Stage):
         return raw
 
     def finish(self, raw: Tensor) -> Tensor:
-        return F.leaky_relu(raw, SLOPE)
+        return activated(raw, "leaky_relu")
 
 
 class ResidualStage(Stage):

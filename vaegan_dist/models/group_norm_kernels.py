@@ -52,6 +52,27 @@ def _centre(stats, pre, at_group, channel, real, HAS_PRE: tl.constexpr, WIDE: tl
 
 
 @triton.jit
+def _normalised_and_gradient(
+    x,
+    gradient,
+    at,
+    inside,
+    centre,
+    scale,
+    gain,
+    offset,
+    KIND: tl.constexpr,
+    SLOPE: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """x̂ of a tile, and d, the gradient before the activation."""
+    hat = (tl.load(x + at, mask=inside, other=0).to(WIDE) - centre[None, :]) * scale[None, :]
+    d = tl.load(gradient + at, mask=inside, other=0).to(WIDE)
+    d = _through_activation(d, hat * gain[None, :] + offset[None, :], KIND, SLOPE)
+    return hat, d
+
+
+@triton.jit
 def channel_moments(
     x,
     pre,
@@ -213,9 +234,7 @@ def gradient_sums(
         row = start + tl.arange(0, ROWS)
         inside = (row < last)[:, None] & real[None, :]
         at = base + row[:, None] * channels + channel[None, :]
-        hat = (tl.load(x + at, mask=inside, other=0).to(WIDE) - centre[None, :]) * scale[None, :]
-        d = tl.load(gradient + at, mask=inside, other=0).to(WIDE)
-        d = _through_activation(d, hat * gain[None, :] + offset[None, :], KIND, SLOPE)
+        hat, d = _normalised_and_gradient(x, gradient, at, inside, centre, scale, gain, offset, KIND, SLOPE, WIDE)
         plain += d
         product += d * hat
     partial += program * channels + channel
@@ -305,8 +324,6 @@ def input_gradient(
     row = tile * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & real[None, :]
     at = image * rows * channels + row[:, None] * channels + channel[None, :]
-    hat = (tl.load(x + at, mask=inside, other=0).to(WIDE) - centre[None, :]) * scale[None, :]
-    d = tl.load(gradient + at, mask=inside, other=0).to(WIDE)
-    d = _through_activation(d, hat * gain[None, :] + offset[None, :], KIND, SLOPE)
+    hat, d = _normalised_and_gradient(x, gradient, at, inside, centre, scale, gain, offset, KIND, SLOPE, WIDE)
     value = scale[None, :] * (gain[None, :] * d - across[None, :] - hat * along[None, :])
     tl.store(dx + at, value.to(dx.dtype.element_ty), mask=inside)

@@ -86,8 +86,8 @@ class FileJournal:
 
     def _cut_off_rest(self) -> None:
         """End the file with its last whole line. To those who only look, a line under way would seem to be torn."""
-        if self.path.is_file() and (rest := self.path.read_bytes().rpartition(b"\n")[2]):
-            os.truncate(self.path, self.path.stat().st_size - len(rest))
+        if self.path.is_file():
+            os.truncate(self.path, self.path.read_bytes().rfind(b"\n") + 1)
 
     def check_owner(self) -> None:
         """The lock on the sweep's folder keeps others away."""
